@@ -1,0 +1,121 @@
+-- The tables of a trace. This file is their only definition: the Arrow schemas that writers use,
+-- trace.duckdb and the reference page are all made from it. Types are DuckDB's; times are
+-- nanoseconds of the recording machine's wall clock (time.time_ns) unless a comment says otherwise.
+
+CREATE TABLE runs (
+    run INTEGER, source VARCHAR, kvtrace_version VARCHAR, started_ns BIGINT, command VARCHAR,
+    host VARCHAR, pid INTEGER, python VARCHAR, torch VARCHAR, transformers VARCHAR,
+    detail VARCHAR, dtype VARCHAR
+);
+COMMENT ON TABLE runs IS 'One row per recording process.';
+COMMENT ON COLUMN runs.source IS 'recorded: taken from real inference; imported: from an outside file; synthetic: made up, for tests.';
+COMMENT ON COLUMN runs.detail IS 'What was asked for: events, summary, qk or qkv.';
+COMMENT ON COLUMN runs.dtype IS 'Storage type of q, k and v: float16 or float32.';
+
+CREATE TABLE models (
+    model INTEGER, name VARCHAR, architecture VARCHAR, num_layers INTEGER, hidden_size INTEGER,
+    vocab_size INTEGER, num_parameters BIGINT, dtype VARCHAR, device VARCHAR,
+    attn_implementation VARCHAR, config VARCHAR
+);
+COMMENT ON TABLE models IS 'One row per model seen.';
+COMMENT ON COLUMN models.dtype IS 'Type the model computed in, before storage.';
+COMMENT ON COLUMN models.config IS 'The model''s configuration as JSON.';
+
+CREATE TABLE layers (
+    model INTEGER, layer INTEGER, attention_kind VARCHAR, num_q_heads INTEGER, num_kv_heads INTEGER,
+    head_dim INTEGER, value_dim INTEGER, scale DOUBLE, sliding_window INTEGER, softcap DOUBLE,
+    has_sinks BOOLEAN, rope_theta DOUBLE, array_group INTEGER, array_index INTEGER
+);
+COMMENT ON TABLE layers IS 'One row per attention layer.';
+COMMENT ON COLUMN layers.attention_kind IS 'full or sliding.';
+COMMENT ON COLUMN layers.scale IS 'Factor on q k^T before the softmax.';
+COMMENT ON COLUMN layers.sliding_window IS 'Keys a query can see, itself included; null when all.';
+COMMENT ON COLUMN layers.array_group IS 'Layers of one shape share arrays: group 0 is q, k, v, lse; group n is q_n, k_n, ...';
+COMMENT ON COLUMN layers.array_index IS 'Index of this layer on axis 1 of its group''s arrays.';
+
+CREATE TABLE requests (
+    request BIGINT, run INTEGER, model INTEGER, external_id VARCHAR, batch_index INTEGER,
+    prompt_tokens INTEGER, started_ns BIGINT
+);
+COMMENT ON TABLE requests IS 'One row per sequence: a batch of four is four requests.';
+COMMENT ON COLUMN requests.external_id IS 'The serving API''s id; null where there is none.';
+COMMENT ON COLUMN requests.prompt_tokens IS 'Tokens of the prompt, padding not counted.';
+
+CREATE TABLE tokens (
+    request BIGINT, position INTEGER, token_id INTEGER, text VARCHAR, source VARCHAR
+);
+COMMENT ON TABLE tokens IS 'Every token the model processed; the last sampled one has no key yet and is not here.';
+COMMENT ON COLUMN tokens.position IS 'Index in the request from 0, padding not counted.';
+COMMENT ON COLUMN tokens.text IS 'The token''s text, special tokens by name; null where no tokenizer was found.';
+COMMENT ON COLUMN tokens.source IS 'prompt or generated.';
+
+CREATE TABLE steps (
+    step BIGINT, run INTEGER, model INTEGER, phase VARCHAR, batch_size INTEGER,
+    num_tokens INTEGER, started_ns BIGINT, duration_ns BIGINT
+);
+COMMENT ON TABLE steps IS 'One row per forward pass of a model.';
+COMMENT ON COLUMN steps.phase IS 'prefill or decode.';
+COMMENT ON COLUMN steps.num_tokens IS 'Tokens processed by the step over the whole batch, padding not counted.';
+COMMENT ON COLUMN steps.duration_ns IS 'Wall time of the forward pass; on a GPU the time to enqueue it.';
+
+CREATE TABLE rows (
+    row BIGINT, step BIGINT, request BIGINT, position INTEGER, has_query BOOLEAN
+);
+COMMENT ON TABLE rows IS 'One row per token processed: axis 0 of every array.';
+COMMENT ON COLUMN rows.has_query IS 'Whether q and lse were kept for this token.';
+
+CREATE TABLE kv_events (
+    ts_ns BIGINT, step BIGINT, request BIGINT, layer INTEGER, block BIGINT, event VARCHAR,
+    tokens INTEGER, bytes BIGINT, device VARCHAR
+);
+COMMENT ON TABLE kv_events IS 'What happened to KV memory.';
+COMMENT ON COLUMN kv_events.request IS 'Null where the event concerns the whole batch.';
+COMMENT ON COLUMN kv_events.event IS 'grow, crop, reorder, free.';
+COMMENT ON COLUMN kv_events.tokens IS 'Token slots held after the event.';
+COMMENT ON COLUMN kv_events.bytes IS 'Bytes held after the event by this layer, keys and values, over the whole batch, padding counted.';
+
+CREATE TABLE gaps (
+    ts_ns BIGINT, step BIGINT, what VARCHAR, count BIGINT, reason VARCHAR
+);
+COMMENT ON TABLE gaps IS 'What the trace does not hold, when, and why.';
+COMMENT ON COLUMN gaps.count IS 'How many of what were lost.';
+
+CREATE TABLE array_catalog (
+    array VARCHAR, kind VARCHAR, array_group INTEGER, dtype VARCHAR, shape VARCHAR, axes VARCHAR
+);
+COMMENT ON TABLE array_catalog IS 'The Zarr arrays under arrays.zarr.';
+COMMENT ON COLUMN array_catalog.shape IS 'Shape behind axis 0 (row), as JSON.';
+
+CREATE TABLE replays (
+    replay VARCHAR, policy VARCHAR, parameters VARCHAR, budget VARCHAR, decide_when VARCHAR,
+    exactness VARCHAR, created_ns BIGINT, tokens BIGINT, measured_rows BIGINT, hits BIGINT,
+    misses BIGINT, evictions BIGINT, retained_mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
+    sinks BIGINT, retained_sinks BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE
+);
+COMMENT ON TABLE replays IS 'One row per replayed policy and budget, over all requests, layers and heads.';
+COMMENT ON COLUMN replays.replay IS 'Name of the folder under replays/.';
+COMMENT ON COLUMN replays.policy IS 'The policy as the user wrote it, parameters included.';
+COMMENT ON COLUMN replays.parameters IS 'Every parameter, defaults too, as JSON.';
+COMMENT ON COLUMN replays.exactness IS 'E0, E1, E2, E2s or E3: see docs/policies.md.';
+COMMENT ON COLUMN replays.tokens IS 'Tokens in the replayed requests.';
+COMMENT ON COLUMN replays.measured_rows IS 'Rows after the first cut, over which mass, hits and misses are taken.';
+COMMENT ON COLUMN replays.hits IS 'Needed and kept (query, key) pairs, over query heads and layers.';
+COMMENT ON COLUMN replays.misses IS 'Needed and evicted pairs.';
+COMMENT ON COLUMN replays.evictions IS '(token, layer, KV head) slots evicted.';
+COMMENT ON COLUMN replays.retained_mass IS 'Mean share of attention that stays on kept keys; null where no row follows the first cut.';
+COMMENT ON COLUMN replays.sinks IS '(query head, key) sinks of the full cache.';
+COMMENT ON COLUMN replays.bound IS 'Certified upper bound on retained_mass under this budget (oracle only).';
+
+CREATE TABLE replay_steps (
+    replay VARCHAR, request BIGINT, position INTEGER, mass DOUBLE, mass_worst DOUBLE, hits BIGINT,
+    misses BIGINT, evictions BIGINT, held BIGINT
+);
+COMMENT ON TABLE replay_steps IS 'Per measured row: totals over layers and heads.';
+COMMENT ON COLUMN replay_steps.position IS 'Position of the query token.';
+COMMENT ON COLUMN replay_steps.held IS '(token, layer, KV head) slots held after the row''s cut.';
+
+CREATE TABLE replay_heads (
+    replay VARCHAR, layer INTEGER, kv_head INTEGER, mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
+    hits BIGINT, misses BIGINT, evictions BIGINT, output_error DOUBLE, ties BIGINT
+);
+COMMENT ON TABLE replay_heads IS 'Per layer and KV head: totals over the measured rows.';
