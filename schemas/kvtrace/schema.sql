@@ -81,7 +81,7 @@ COMMENT ON TABLE gaps IS 'What the trace does not hold, when, and why.';
 COMMENT ON COLUMN gaps.count IS 'How many of what were lost.';
 
 CREATE TABLE array_catalog (
-    array VARCHAR, kind VARCHAR, array_group INTEGER, dtype VARCHAR, shape VARCHAR, axes VARCHAR
+    name VARCHAR, kind VARCHAR, array_group INTEGER, dtype VARCHAR, shape VARCHAR, axes VARCHAR
 );
 COMMENT ON TABLE array_catalog IS 'The Zarr arrays under arrays.zarr.';
 COMMENT ON COLUMN array_catalog.shape IS 'Shape behind axis 0 (row), as JSON.';

@@ -1,0 +1,285 @@
+"""Growing Zarr arrays that can be read while they are written.
+
+Axis 0 is the row, axis 1 the lane (a layer): rows arrive lane by lane. Full shards are written
+once and never touched again, because zarr opens a shard once per byte range and a rewrite would
+let a reader mix two versions. Rows behind the last full shard stand in a small unsharded tail
+array, whose chunks zarr replaces atomically; a value that was committed there never changes.
+Arrays are sized ahead of the data (growing the shape on append shows zeros to a reader), and
+readers clip at the committed row count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
+#: zarr-python costs about 0.5 ms per inner chunk, whatever its size; a shard is written as one.
+CHUNK_BYTES = 256 * 1024
+CHUNKS_PER_SHARD = 8
+#: The tail is rewritten at every commit, so its chunks are small.
+TAIL_BYTES = 1024 * 1024
+
+Array = NDArray[Any]
+
+
+def tail_name(name: str) -> str:
+    """Name of the array that holds the rows behind the last full shard of `name`."""
+    return f"{name}.tail"
+
+
+def fill_value(dtype: np.dtype[Any]) -> float | int:
+    """What a cell holds that nobody wrote: never a plausible value."""
+    return float("nan") if dtype.kind == "f" else -1
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Rows per inner chunk, per shard and per tail chunk; all powers of two.
+
+    Computed from the shape alone, so reader and writer agree without writing it down.
+    """
+
+    chunk: int
+    shard: int
+    tail: int
+
+    @classmethod
+    def of(cls, tail: tuple[int, ...], dtype: np.dtype[Any]) -> Geometry:
+        """Geometry of an array of shape [row, *tail]."""
+        lane_bytes = int(np.prod(tail[1:], dtype=np.int64)) * dtype.itemsize
+        chunk = _power_of_two(CHUNK_BYTES // max(1, lane_bytes))
+        shard = chunk * CHUNKS_PER_SHARD
+        return cls(
+            chunk, shard, min(shard, _power_of_two(TAIL_BYTES // max(1, lane_bytes * tail[0])))
+        )
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, max(1, number).bit_length() - 1)
+
+
+class RowArrayWriter:
+    """Writes one array, lane by lane.
+
+    Parameters
+    ----------
+    group : zarr.Group
+        Where the array and its tail are created.
+    name : str
+        Name of the array.
+    tail : tuple of int
+        Shape behind the row axis: (lanes, ...).
+    dtype : numpy dtype
+        Stored type.
+    """
+
+    def __init__(
+        self, group: zarr.Group, name: str, tail: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self.name, self.tail, self.dtype = name, tail, dtype
+        self.geometry = Geometry.of(tail, dtype)
+        self._group = group
+        rows, lanes = self.geometry.shard, tail[0]
+        common: dict[str, Any] = {
+            "dtype": dtype,
+            "fill_value": fill_value(dtype),
+            "compressors": ZstdCodec(level=1),
+            "config": {"write_empty_chunks": False},
+        }
+        self._sealed = group.create_array(
+            name,
+            shape=(rows, *tail),
+            shards=(rows, 1, *tail[1:]),
+            chunks=(self.geometry.chunk, 1, *tail[1:]),
+            **common,
+        )
+        self._tail: zarr.Array[Any] | None = group.create_array(
+            tail_name(name), shape=(rows, *tail), chunks=(self.geometry.tail, *tail), **common
+        )
+        # One open shard a lane; start[lane] is its first row, fill[lane] the rows it holds.
+        self._open = np.full((rows, *tail), fill_value(dtype), dtype)
+        self._start = np.zeros(lanes, np.int64)
+        self._fill = np.zeros(lanes, np.int64)
+        self._tailed = 0
+
+    def rows(self, lane: int) -> int:
+        """Rows that the lane has received."""
+        return int(self._start[lane] + self._fill[lane])
+
+    def append(self, lane: int, values: Array) -> None:
+        """Add rows `values [n, *tail[1:]]` to a lane; a shard that fills up is written at once."""
+        size = self.geometry.shard
+        done = 0
+        while done < len(values):
+            fill = int(self._fill[lane])
+            take = min(size - fill, len(values) - done)
+            self._open[fill : fill + take, lane] = values[done : done + take]
+            self._fill[lane] += take
+            done += take
+            if self._fill[lane] == size:
+                self._seal(lane)
+
+    def pad(self, lane: int, rows: int) -> None:
+        """Bring a lane to `rows` rows with the fill value: rows of another model."""
+        missing = rows - self.rows(lane)
+        if missing > 0:
+            fill = np.full((missing, *self.tail[1:]), fill_value(self.dtype), self.dtype)
+            self.append(lane, fill)
+
+    def write_tail(self, rows: int) -> None:
+        """Make rows [last full shard, rows) readable; every lane must have exactly `rows` rows."""
+        size = self.geometry.shard
+        sealed = rows // size * size
+        step = self.geometry.tail
+        first = max(sealed, self._tailed // step * step)
+        if rows > first and self._tail is not None:
+            _reserve(self._tail, rows)
+            self._tail[first:rows] = self._open[first - sealed : rows - sealed]
+        self._tailed = rows
+
+    def drop_tail_before(self, rows: int) -> None:
+        """Delete tail chunks of rows that full shards hold; call after the commit that says so."""
+        sealed = rows // self.geometry.shard * self.geometry.shard
+        folder = self._folder(tail_name(self.name)) / "c"
+        if sealed and folder.exists():
+            for chunk in folder.iterdir():
+                if (int(chunk.name) + 1) * self.geometry.tail <= sealed:
+                    _remove_tree(chunk)
+
+    def finish(self, rows: int) -> None:
+        """Write the last, partial shard and cut the array to its length."""
+        sealed = rows // self.geometry.shard * self.geometry.shard
+        _reserve(self._sealed, rows)
+        for lane in range(self.tail[0]):
+            if rows > sealed:
+                self._sealed[sealed:rows, lane] = self._open[: rows - sealed, lane]
+        self._sealed.resize((rows, *self.tail))
+
+    def drop_tail(self) -> None:
+        """Delete the tail array; call after the commit that closes the store."""
+        self._tail = None
+        del self._group[tail_name(self.name)]
+
+    def _seal(self, lane: int) -> None:
+        start = int(self._start[lane])
+        _reserve(self._sealed, start + self.geometry.shard)
+        self._sealed[start : start + self.geometry.shard, lane] = self._open[:, lane]
+        self._start[lane] += self.geometry.shard
+        self._fill[lane] = 0
+
+    def _folder(self, name: str) -> Path:
+        return Path(str(self._group.store.root)) / self._group.path / name  # type: ignore[attr-defined]
+
+
+def _reserve(array: zarr.Array[Any], rows: int) -> None:
+    if rows > array.shape[0]:
+        array.resize((max(rows, 2 * array.shape[0]), *array.shape[1:]))
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _remove_tree(child)
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+
+
+class RowArrayReader:
+    """Reads committed rows of one array, also while it is being written.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The `arrays.zarr` folder.
+    name : str
+        Name of the array.
+    state : callable
+        Re-reads the journal and returns (committed rows, whether the store is closed).
+    """
+
+    def __init__(self, folder: Path, name: str, state: Callable[[], tuple[int, bool]]) -> None:
+        self._folder, self._name, self._state = folder, name, state
+        self._rows, self._closed = state()
+        self._open()
+
+    def _open(self) -> None:
+        self._sealed = zarr.open_array(self._folder / self._name, mode="r")
+        self._tail = (
+            None
+            if self._closed
+            else zarr.open_array(self._folder / tail_name(self._name), mode="r")
+        )
+        tail = tuple(self._sealed.shape[1:])
+        self.geometry = Geometry.of(tail, np.dtype(self._sealed.dtype))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Committed rows, lanes, and the rest."""
+        return (self._rows, *self._sealed.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Stored type."""
+        return np.dtype(self._sealed.dtype)
+
+    def read(self, start: int, stop: int, lane: int | None = None) -> Array:
+        """Rows [start, stop), of one lane `[row, ...]` or of all `[row, lane, ...]`.
+
+        Raises
+        ------
+        IndexError
+            For rows that are not committed.
+        """
+        while True:
+            if not 0 <= start <= stop <= self._rows:
+                self._refresh()
+                if not 0 <= start <= stop <= self._rows:
+                    raise IndexError(f"rows {start}:{stop} of {self._rows}")
+            sealed = self._sealed_rows()
+            try:
+                values = self._read(start, stop, lane)
+            except (FileNotFoundError, KeyError):
+                # The writer closed the store and removed the tail between two of our reads.
+                if not self._refresh():
+                    raise
+                continue
+            # A tail chunk may be deleted only after a commit that seals its rows: if none came
+            # while we read, or nothing came from the tail, what we read is whole.
+            if stop <= sealed or not self._refresh():
+                return values
+
+    def _refresh(self) -> bool:
+        """Re-read the journal; whether what this reader must read from has moved."""
+        sealed, closed = self._sealed_rows(), self._closed
+        self._rows, self._closed = self._state()
+        moved = self._sealed_rows() != sealed or self._closed != closed
+        if moved or self._rows > self._sealed.shape[0]:
+            self._open()
+        return moved
+
+    def _sealed_rows(self) -> int:
+        if self._closed:
+            return self._rows
+        return self._rows // self.geometry.shard * self.geometry.shard
+
+    def _read(self, start: int, stop: int, lane: int | None) -> Array:
+        sealed = self._sealed_rows()
+        where: Any = slice(None) if lane is None else lane
+        parts: list[Array] = []
+        if start < sealed:
+            parts.append(np.asarray(self._sealed[start : min(stop, sealed), where]))
+        if stop > sealed and self._tail is not None:
+            if stop > self._tail.shape[0]:
+                self._tail = zarr.open_array(self._folder / tail_name(self._name), mode="r")
+            parts.append(np.asarray(self._tail[max(start, sealed) : stop, where]))
+        if not parts:
+            return np.asarray(self._sealed[0:0, where])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)

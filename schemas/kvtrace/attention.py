@@ -1,0 +1,111 @@
+"""Attention from its causes: tiles of the map recomputed from q, k and the log-sum-exp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace.model import Layer
+
+Float = NDArray[np.floating[Any]]
+Positions = NDArray[np.int64]
+
+
+def scores(q: Float, k: Float, layer: Layer) -> Float:
+    """Scaled, softcapped scores of some queries on some keys, nothing masked.
+
+    Parameters
+    ----------
+    q : numpy.ndarray
+        [row, head_dim] of one query head, float32 or wider.
+    k : numpy.ndarray
+        [key, head_dim] of its KV head.
+    layer : Layer
+        Gives scale and softcap.
+
+    Returns
+    -------
+    numpy.ndarray
+        [row, key].
+    """
+    found: Float = (q @ k.T) * q.dtype.type(layer.scale)
+    if layer.softcap is not None:
+        cap = q.dtype.type(layer.softcap)
+        found = cap * np.tanh(found / cap)
+    return found
+
+
+def visible(rows: Positions, keys: Positions, layer: Layer) -> NDArray[np.bool_]:
+    """Which keys each query could see: [row, key] of bool, from positions in the request."""
+    if layer.attention_kind == "bidirectional":
+        return np.ones((len(rows), len(keys)), bool)
+    distance = rows[:, None] - keys[None, :]
+    seen = distance >= 0
+    if layer.sliding_window is not None:
+        seen &= distance < layer.sliding_window
+    return np.asarray(seen)
+
+
+def weights(
+    q: Float, k: Float, lse: Float, rows: Positions, keys: Positions, layer: Layer
+) -> Float:
+    """Attention of queries at `rows` on keys at `keys`.
+
+    Parameters
+    ----------
+    q : numpy.ndarray
+        [row, head_dim] of one query head.
+    k : numpy.ndarray
+        [key, head_dim] of its KV head.
+    lse : numpy.ndarray
+        [row], log-sum-exp of the whole row as the model had it.
+    rows, keys : numpy.ndarray
+        Positions in the request.
+    layer : Layer
+        Gives scale, softcap, window.
+
+    Returns
+    -------
+    numpy.ndarray
+        [row, key]; zero where the key was not visible.
+    """
+    found = np.exp(scores(q, k, layer) - lse[:, None])
+    found[~visible(rows, keys, layer)] = 0
+    return found
+
+
+def log_sum_exp(q: Float, k: Float, layer: Layer, block: int = 256) -> Float:
+    """Log-sum-exp of every row of causal self-attention over all tokens.
+
+    Parameters
+    ----------
+    q : numpy.ndarray
+        [token, q_head, head_dim], float32 or wider.
+    k : numpy.ndarray
+        [token, kv_head, head_dim].
+    layer : Layer
+        Gives scale, softcap, window.
+    block : int
+        Rows at a time: memory is block x token, never token x token.
+
+    Returns
+    -------
+    numpy.ndarray
+        [token, q_head] float32.
+    """
+    tokens, q_heads, _ = q.shape
+    group = q_heads // k.shape[1]
+    positions = np.arange(tokens)
+    found = np.empty((tokens, q_heads), np.float32)
+    for start in range(0, tokens, block):
+        stop = min(start + block, tokens)
+        last = tokens if layer.attention_kind == "bidirectional" else stop
+        hidden = ~visible(positions[start:stop], positions[:last], layer)
+        for head in range(q_heads):
+            row = scores(q[start:stop, head], k[:last, head // group], layer)
+            row[hidden] = -np.inf
+            top = row.max(axis=1)
+            found[start:stop, head] = top + np.log(np.exp(row - top[:, None]).sum(axis=1))
+    return found

@@ -1,0 +1,106 @@
+"""Show what a trace holds and which policies it can replay.
+
+Example: kvtrace info traces/demo.kvtrace
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from importlib.metadata import entry_points
+from typing import Any
+
+from rich.table import Table
+
+import kvtrace
+from kvtrace.console import console, human_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("trace", metavar="T", help="a .kvtrace directory")
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print."""
+    found = describe(kvtrace.open(args.trace))
+    if args.json:
+        print(json.dumps(found))
+    else:
+        _show(found)
+    return 0
+
+
+def describe(trace: kvtrace.Trace) -> dict[str, Any]:
+    """Everything `info` says, as plain values."""
+    models = trace.table("models").to_pylist()
+    runs = trace.table("runs").to_pylist()
+    return {
+        "path": str(trace.path),
+        "format_version": trace.manifest.format_version,
+        "status": trace.status,
+        "complete": trace.status == "complete",
+        "source": trace.manifest.source,
+        "command": trace.manifest.command,
+        "created_ns": trace.manifest.created_ns,
+        "detail": runs[0]["detail"] if runs else None,
+        "dtype": runs[0]["dtype"] if runs else None,
+        "models": [{key: row[key] for key in row if key != "config"} for row in models],
+        "layers": len(trace.layers),
+        "rows": trace.rows,
+        "requests": len(trace.requests()),
+        "steps": trace.table("steps").num_rows,
+        "bytes": trace.bytes,
+        "signals": sorted(trace.signals),
+        "gaps": trace.table("gaps").to_pylist(),
+        "replays": trace.replays()["replay"].to_pylist(),
+        "replayable": _replayable(trace),
+    }
+
+
+def _replayable(trace: kvtrace.Trace) -> list[dict[str, Any]]:
+    # What a policy needs is known where the policies are: an installed viewer says it here.
+    found: list[dict[str, Any]] = []
+    for point in entry_points(group="kvtrace.info"):
+        try:
+            found += point.load()(trace)
+        except ModuleNotFoundError:
+            continue
+    return found
+
+
+def _show(found: dict[str, Any]) -> None:
+    out = console()
+    out.print(f"[bold]{found['path']}[/bold]  {found['status']}, {found['source']}")
+    for model in found["models"]:
+        out.print(
+            f"model     {model['name']} ({model['architecture']}, {model['num_layers']} layers,"
+            f" {model['dtype']}, {model['attn_implementation']}, {model['device']})"
+        )
+    out.print(
+        f"holds     {found['rows']} rows, {found['requests']} requests, {found['steps']} steps,"
+        f" {found['layers']} attention layers, {human_bytes(found['bytes'])}"
+    )
+    out.print(f"detail    {found['detail']} in {found['dtype']}: {_precision(found)}")
+    out.print(f"replays   {', '.join(found['replays']) or 'none yet: kvtrace replay'}")
+    for gap in found["gaps"]:
+        out.print(f"gap       {gap['count']} {gap['what']}: {gap['reason']}")
+    if not found["gaps"]:
+        out.print("gaps      none")
+    if not found["replayable"]:
+        out.print("which policies it can replay: pip install 'kvtrace[viewer]'", markup=False)
+        return
+    table = Table("policy", "exactness", "why", title="replayable", title_justify="left")
+    for row in found["replayable"]:
+        table.add_row(row["policy"], row["exactness"], row["reason"])
+    out.print(table)
+
+
+def _precision(found: dict[str, Any]) -> str:
+    kinds = {model["dtype"] for model in found["models"]}
+    if found["dtype"] == "float32":
+        return "attention agrees with the model's to about 1e-5"
+    if kinds <= {"float16", "torch.float16"}:
+        return "as the model computed it"
+    return "the model's values were rounded, attention agrees to about 2e-3"

@@ -1,0 +1,85 @@
+"""trace.duckdb: the tables of a trace as one DuckDB file, and the views of an open trace.
+
+The file is derived: built when a trace is closed, or by the first reader that finds it missing or
+older than what it was made from. A process that holds a DuckDB file for writing locks all others
+out, so it is made beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import duckdb
+
+from kvtrace import tables
+from kvtrace.layout import DATABASE, JOURNAL, REPLAYS
+from kvtrace.store import StoreReader
+
+
+def rank_stores(trace: Path) -> list[StoreReader]:
+    """The stores of the recording processes, by rank."""
+    return [StoreReader(path.parent) for path in sorted(trace.glob(f"rank-*/{JOURNAL}"))]
+
+
+def replay_stores(trace: Path) -> list[StoreReader]:
+    """The stores of the replays, by name; one that is being written is not there yet."""
+    found = sorted(trace.glob(f"{REPLAYS}/[!.]*/{JOURNAL}"))
+    return [StoreReader(path.parent) for path in found]
+
+
+def build(trace: Path) -> None:
+    """Make `trace.duckdb` from the committed segments."""
+    final = trace / DATABASE
+    temporary = final.with_name(f".{DATABASE}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    with duckdb.connect(str(temporary)) as connection:
+        connection.execute(tables.ddl())
+        for name, files in _segments(trace).items():
+            if files:
+                connection.execute(f"insert into {name} by name {_scan(files)}")
+    temporary.replace(final)
+
+
+def is_fresh(trace: Path) -> bool:
+    """Whether `trace.duckdb` is there and nothing it was made from is newer."""
+    try:
+        built = (trace / DATABASE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    sources = [trace / REPLAYS, *trace.glob(f"rank-*/{JOURNAL}")]
+    return all(path.stat().st_mtime_ns <= built for path in sources if path.exists())
+
+
+def create_views(connection: duckdb.DuckDBPyConnection, trace: Path) -> None:
+    """Show the committed segments of an open trace under the names of schema.sql."""
+    for name, files in _segments(trace).items():
+        if files:
+            connection.execute(f"create view {name} as {_scan(files)}")
+        else:
+            connection.execute(_create_empty(name))
+
+
+def _segments(trace: Path) -> dict[str, list[Path]]:
+    ranks, replays = rank_stores(trace), replay_stores(trace)
+    return {
+        name: [
+            path
+            for store in (replays if name in tables.REPLAY_TABLES else ranks)
+            for path in store.segments(name)
+        ]
+        for name in tables.arrow_schemas()
+    }
+
+
+def _scan(files: Iterable[Path]) -> str:
+    names = ", ".join("'" + str(path.resolve()).replace("'", "''") + "'" for path in files)
+    return f"select * from read_parquet([{names}], union_by_name=true, hive_partitioning=false)"
+
+
+def _create_empty(name: str) -> str:
+    columns = ", ".join(
+        f"{column.name} {column.type}" for column in tables.columns() if column.table == name
+    )
+    return f"create table {name} ({columns})"

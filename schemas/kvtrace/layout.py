@@ -1,0 +1,34 @@
+"""Names of the files and folders of a trace, and the version of the format."""
+
+from __future__ import annotations
+
+FORMAT_NAME = "kvtrace"
+#: Major versions do not read each other; a newer minor only adds.
+FORMAT_VERSION = "1.0"
+#: Features a reader must know to read a trace at all. None yet: 1.0 is the base.
+KNOWN_FEATURES: frozenset[str] = frozenset()
+
+SUFFIX = ".kvtrace"
+MANIFEST = "manifest.json"
+DATABASE = "trace.duckdb"
+REPLAYS = "replays"
+JOURNAL = "journal"
+TABLES = "tables"
+ARRAYS = "arrays.zarr"
+
+#: Detail levels and the row arrays that each keeps.
+DETAIL_ARRAYS: dict[str, tuple[str, ...]] = {
+    "events": (),
+    "qk": ("q", "k", "lse"),
+    "qkv": ("q", "k", "v", "lse"),
+}
+
+
+def rank_directory(rank: int) -> str:
+    """Name of the folder that one recording process owns."""
+    return f"rank-{rank:05d}"
+
+
+def array_name(kind: str, group: int) -> str:
+    """Name of the array of `kind` for a group of equally shaped layers."""
+    return kind if group == 0 else f"{kind}_{group}"

@@ -1,0 +1,96 @@
+"""What a reader gets: layers, requests, and one layer's data of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An attention layer; fields are the columns of table `layers`."""
+
+    model: int
+    layer: int
+    attention_kind: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+    has_sinks: bool
+    rope_theta: float | None
+    array_group: int
+    array_index: int
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sequence.
+
+    Attributes
+    ----------
+    request : int
+        Its number.
+    model : int
+        The model that ran it.
+    tokens : int
+        Tokens committed so far.
+    prompt_tokens : int
+        Tokens of the prompt.
+    external_id : str or None
+        The serving API's id.
+    batch_index : int or None
+        Row of the batch it ran in.
+    started_ns : int
+        Wall clock.
+    """
+
+    request: int
+    model: int
+    tokens: int
+    prompt_tokens: int
+    external_id: str | None
+    batch_index: int | None
+    started_ns: int
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """One layer of one request, by position; float32, None where not recorded.
+
+    Attributes
+    ----------
+    spec : Layer
+        The layer.
+    q : numpy.ndarray or None
+        [token, q_head, head_dim]
+    k : numpy.ndarray or None
+        [token, kv_head, head_dim]
+    v : numpy.ndarray or None
+        [token, kv_head, value_dim]
+    lse : numpy.ndarray or None
+        [token, q_head]
+    """
+
+    spec: Layer
+    q: NDArray[np.float32] | None
+    k: NDArray[np.float32] | None
+    v: NDArray[np.float32] | None
+    lse: NDArray[np.float32] | None
+
+    @property
+    def n(self) -> int:
+        """Tokens."""
+        found: Any = next((x for x in (self.k, self.q, self.v) if x is not None), ())
+        return len(found)

@@ -1,0 +1,144 @@
+"""SQL over a trace: read-only, fenced in, bounded in memory and time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from kvtrace import database
+from kvtrace.errors import QueryError
+from kvtrace.layout import DATABASE
+
+MEMORY_LIMIT = "2GB"
+TIMEOUT_S = 60.0
+_READING = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
+
+
+def query(
+    trace: Path,
+    sql: str,
+    *,
+    closed: bool,
+    max_rows: int | None = None,
+    memory_limit: str = MEMORY_LIMIT,
+    timeout_s: float = TIMEOUT_S,
+) -> pa.Table:
+    """Run one reading statement against a trace.
+
+    Parameters
+    ----------
+    trace : pathlib.Path
+        The trace directory.
+    sql : str
+        One SELECT (or DESCRIBE, SHOW, EXPLAIN) in DuckDB's dialect.
+    closed : bool
+        Whether the recording has ended, so that `trace.duckdb` can stand for it.
+    max_rows : int, optional
+        Fetch at most this many rows.
+    memory_limit : str
+        As DuckDB writes it ("2GB").
+    timeout_s : float
+        Seconds after which the query is interrupted.
+
+    Returns
+    -------
+    pyarrow.Table
+
+    Raises
+    ------
+    QueryError
+        For a statement that writes, that fails, or that passes a limit.
+    """
+    with _connect(trace, closed=closed, memory_limit=memory_limit) as connection:
+        _check_reading(connection, sql)
+        timer = threading.Timer(timeout_s, connection.interrupt)
+        timer.start()
+        try:
+            relation = connection.sql(sql)
+            if max_rows is None:
+                return relation.to_arrow_table()
+            return _first_rows(relation.to_arrow_reader(), max_rows)
+        except duckdb.InterruptException as error:
+            raise QueryError(
+                f"the query ran past its limit of {timeout_s:g} s; a shorter one was expected;"
+                " narrow it, or raise --timeout"
+            ) from error
+        except duckdb.OutOfMemoryException as error:
+            raise QueryError(
+                f"the query needs more than {memory_limit} of memory; narrow it,"
+                " or raise --memory-limit"
+            ) from error
+        except (duckdb.Error, UnicodeEncodeError) as error:
+            raise QueryError(_one_line(error)) from error
+        finally:
+            timer.cancel()
+
+
+def _first_rows(batches: pa.RecordBatchReader, max_rows: int) -> pa.Table:
+    kept, count = [], 0
+    for batch in batches:
+        kept.append(batch.slice(0, max_rows - count))
+        count += kept[-1].num_rows
+        if count >= max_rows:
+            break
+    return pa.Table.from_batches(kept, schema=batches.schema)
+
+
+@contextmanager
+def _connect(
+    trace: Path, *, closed: bool, memory_limit: str
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    settings = {
+        "memory_limit": memory_limit,
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+    }
+    try:
+        connection = duckdb.connect(config=settings)
+    except duckdb.Error as error:
+        raise QueryError(_one_line(error)) from error
+    with connection:
+        if closed and _fresh_database(trace):
+            path = str((trace / DATABASE).resolve()).replace("'", "''")
+            connection.execute(f"attach '{path}' as trace (read_only)")
+            connection.execute("use trace")
+        else:
+            database.create_views(connection, trace)
+            # The views read Parquet in place: the trace's own folder is all they may touch.
+            folder = str(trace.resolve()).replace("'", "''")
+            connection.execute(f"set allowed_directories = ['{folder}/']")
+        connection.execute("set enable_external_access = false")
+        connection.execute("set lock_configuration = true")
+        yield connection
+
+
+def _fresh_database(trace: Path) -> bool:
+    if database.is_fresh(trace):
+        return True
+    try:
+        database.build(trace)
+    except (OSError, duckdb.IOException):
+        # A trace on a read-only disk: the views show the same tables, more slowly.
+        return False
+    return True
+
+
+def _check_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    try:
+        statements = connection.extract_statements(sql)
+    except (duckdb.Error, UnicodeEncodeError) as error:
+        raise QueryError(_one_line(error)) from error
+    if len(statements) != 1:
+        raise QueryError(f"{len(statements)} statements were given; one was expected")
+    if statements[0].type not in _READING:
+        kind = statements[0].type.name
+        raise QueryError(f"a {kind} statement was found; a trace is read-only; use SELECT")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n\nLINE")[0].split())

@@ -1,0 +1,259 @@
+"""A store: a folder of tables and row arrays under one journal.
+
+What one recording process writes is a store, and what one replay writes is a store. Order of a
+commit: array chunks, table segments, then the journal line that makes both visible.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from numpy.typing import NDArray
+
+from kvtrace import tables
+from kvtrace.arrays import RowArrayReader, RowArrayWriter
+from kvtrace.errors import TraceError
+from kvtrace.journal import JournalReader, JournalWriter
+from kvtrace.layout import ARRAYS, JOURNAL, TABLES
+
+Array = NDArray[Any]
+
+
+class StoreWriter:
+    """Writes a store; one thread owns it.
+
+    Parameters
+    ----------
+    directory : pathlib.Path
+        Created; must not exist as a store yet.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self._journal = JournalWriter(directory / JOURNAL)
+        self._group = zarr.open_group(directory / ARRAYS, mode="w-")
+        self._arrays: dict[str, RowArrayWriter] = {}
+        self._pending: dict[str, list[pa.Table]] = {}
+        self._segments = 0
+        self._closed = False
+        self.rows = 0
+        self.commit()
+
+    def declare_array(self, name: str, *, tail: tuple[int, ...], dtype: str, axes: str) -> None:
+        """Create an array of shape [row, *tail].
+
+        Parameters
+        ----------
+        name : str
+            Name under `arrays.zarr`.
+        tail : tuple of int
+            Shape behind the row axis; its first axis is the lane that rows may arrive by.
+        dtype : str
+            numpy name of the stored type.
+        axes : str
+            Comma-separated names of all axes, kept as the array's `axes` attribute.
+        """
+        self._arrays[name] = RowArrayWriter(self._group, name, tail, np.dtype(dtype))
+        self._group[name].attrs["axes"] = axes.split(",")
+
+    def put_static(self, name: str, values: Array, axes: str) -> None:
+        """Write an array that has no row axis (a weight matrix, say), whole."""
+        array = self._group.create_array(name, data=values)
+        array.attrs["axes"] = axes.split(",")
+
+    def append(self, table: str, values: Mapping[str, Sequence[Any] | Array]) -> None:
+        """Buffer rows of a table until the next commit; columns not given are null."""
+        self._pending.setdefault(table, []).append(tables.to_arrow(table, values))
+
+    def append_lane(self, name: str, lane: int, values: Array) -> None:
+        """Add rows to one lane of an array: `values [n, *tail[1:]]`."""
+        self._arrays[name].append(lane, values)
+
+    def append_rows(self, name: str, values: Array) -> None:
+        """Add rows to all lanes of an array: `values [n, *tail]`."""
+        for lane in range(values.shape[1]):
+            self._arrays[name].append(lane, values[:, lane])
+
+    def pad(self, name: str, lane: int, rows: int) -> None:
+        """Bring a lane to `rows` rows with the fill value."""
+        self._arrays[name].pad(lane, rows)
+
+    def lane_rows(self, name: str, lane: int) -> int:
+        """Rows that a lane has received."""
+        return self._arrays[name].rows(lane)
+
+    def commit(self, rows: int | None = None) -> None:
+        """Make everything appended so far visible.
+
+        Parameters
+        ----------
+        rows : int, optional
+            Rows that every lane of every array has; default: what the arrays agree on.
+        """
+        self.rows = self._agreed_rows() if rows is None else rows
+        for array in self._arrays.values():
+            array.write_tail(self.rows)
+        self._commit_line(closed=False, complete=False)
+        for array in self._arrays.values():
+            array.drop_tail_before(self.rows)
+
+    def close(self, *, complete: bool = True) -> None:
+        """Seal the arrays and close the journal; further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.commit()
+            for array in self._arrays.values():
+                array.finish(self.rows)
+            self._commit_line(closed=True, complete=complete)
+            for array in self._arrays.values():
+                array.drop_tail()
+        finally:
+            self._journal.close()
+
+    def _agreed_rows(self) -> int:
+        counts = {
+            array.rows(lane) for array in self._arrays.values() for lane in range(array.tail[0])
+        }
+        if len(counts) > 1:
+            raise ValueError(f"lanes of {self.directory} hold different numbers of rows: {counts}")
+        return counts.pop() if counts else self.rows
+
+    def _commit_line(self, *, closed: bool, complete: bool) -> None:
+        written = {name: [self._write_segment(name)] for name in list(self._pending)}
+        self._journal.append(self.rows, written, closed=closed, complete=complete)
+
+    def _write_segment(self, table: str) -> str:
+        name = f"{TABLES}/{table}/{self._segments:08d}.parquet"
+        self._segments += 1
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.concat_tables(self._pending.pop(table)), path, compression="zstd")
+        return name
+
+
+class StoreReader:
+    """Reads a store, finished or not.
+
+    Raises
+    ------
+    TraceError
+        Where the folder has no journal.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._journal = JournalReader(directory / JOURNAL)
+        self._arrays: dict[str, RowArrayReader] = {}
+
+    def refresh(self) -> None:
+        """See what was committed since."""
+        self._journal.refresh()
+
+    @property
+    def rows(self) -> int:
+        """Committed rows."""
+        return self._journal.state.rows
+
+    @property
+    def complete(self) -> bool:
+        """Whether the writer finished without an error."""
+        return self._journal.state.complete
+
+    @property
+    def closed(self) -> bool:
+        """Whether the writer finished at all."""
+        return self._journal.state.closed
+
+    @property
+    def writer_alive(self) -> bool:
+        """Whether a process is still writing."""
+        return not self.closed and self._journal.writer_alive()
+
+    @property
+    def changed_ns(self) -> int:
+        """When the last commit came."""
+        return self._journal.mtime_ns
+
+    def segments(self, table: str) -> list[Path]:
+        """Committed Parquet files of a table, in order of writing."""
+        return [self.directory / name for name in self._journal.state.segments.get(table, [])]
+
+    def table(self, name: str) -> pa.Table:
+        """All committed rows of a table, in order of writing.
+
+        Raises
+        ------
+        TraceError
+            Where a segment that the journal lists is missing or damaged.
+        """
+        schema = tables.arrow_schemas()[name]
+        parts = [_read_segment(path, schema) for path in self.segments(name)]
+        return pa.concat_tables(parts) if parts else schema.empty_table()
+
+    def has_array(self, name: str) -> bool:
+        """Whether the store has an array of this name."""
+        return (self.directory / ARRAYS / name / "zarr.json").exists()
+
+    def array(self, name: str) -> RowArrayReader:
+        """A row array, clipped at the committed rows.
+
+        Raises
+        ------
+        TraceError
+            Where there is none of this name.
+        """
+        if name not in self._arrays:
+            if not self.has_array(name):
+                raise TraceError(
+                    f"{self.directory} has no array {name!r}; it was not recorded;"
+                    " record again with more detail"
+                )
+            self._arrays[name] = RowArrayReader(self.directory / ARRAYS, name, self._array_state)
+        return self._arrays[name]
+
+    def static(self, name: str) -> Array:
+        """An array without a row axis, whole."""
+        return np.asarray(zarr.open_array(self.directory / ARRAYS / name, mode="r")[...])
+
+    def _array_state(self) -> tuple[int, bool]:
+        state = self._journal.refresh()
+        return state.rows, state.closed
+
+
+def _read_segment(path: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        found = pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise TraceError(
+            f"{path} cannot be read ({error}); the journal lists it; restore the file"
+        ) from error
+    # A trace of an older minor version may lack a column that was added since.
+    return pa.table(
+        {
+            field.name: found[field.name].cast(field.type)
+            if field.name in found.column_names
+            else pa.nulls(found.num_rows, type=field.type)
+            for field in schema
+        },
+        schema=schema,
+    )
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Put a finished folder in the place of an older one of the same name."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,312 @@
+"""Reading a trace: `kvtrace.open(path)`."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from kvtrace import attention, database, sql, tables
+from kvtrace.errors import InputError, TraceError
+from kvtrace.layout import REPLAYS, array_name
+from kvtrace.manifest import Manifest, is_trace, read_manifest
+from kvtrace.model import Layer, LayerData, Request
+from kvtrace.store import StoreReader
+from kvtrace.writer import ROW_ARRAYS, directory_bytes
+
+Float = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+class Trace:
+    """A trace, finished, in progress, or cut off; reads what was committed.
+
+    Parameters
+    ----------
+    path : path-like
+        The trace directory.
+
+    Raises
+    ------
+    TraceError
+        Where there is no trace, or one of a format this version cannot read.
+
+    Examples
+    --------
+    >>> trace = kvtrace.open("traces/demo.kvtrace")        # doctest: +SKIP
+    >>> trace.attention(layer=0, head=0)                   # doctest: +SKIP
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        stores = database.rank_stores(self.path)
+        if not stores:
+            raise TraceError(
+                f"{self.path} holds no rank; a recording was expected;"
+                " it was killed before it wrote anything: record again"
+            )
+        self._store: StoreReader = stores[0]
+
+    def __repr__(self) -> str:
+        return f"<Trace {self.path} {self.status}, {self.rows} rows>"
+
+    @property
+    def name(self) -> str:
+        """The directory's name without its suffix."""
+        return self.path.stem
+
+    @property
+    def status(self) -> str:
+        """complete, recording (a process is writing), or cut off (it died or was stopped)."""
+        if self._store.complete:
+            return "complete"
+        return "recording" if self._store.writer_alive else "cut off"
+
+    @property
+    def rows(self) -> int:
+        """Tokens processed, over all requests: the length of axis 0 of every array."""
+        return self._store.rows
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk, replays and derived files included."""
+        return directory_bytes(self.path)
+
+    def refresh(self) -> None:
+        """See what was committed since; nothing changes under a reader that does not ask."""
+        self._store.refresh()
+        for name in ("layers", "_row_index"):
+            self.__dict__.pop(name, None)
+
+    def table(self, name: str) -> pa.Table:
+        """A whole table of schema.sql."""
+        if name in tables.REPLAY_TABLES:
+            parts = [store.table(name) for store in database.replay_stores(self.path)]
+            return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
+        return self._store.table(name)
+
+    def sql(self, query: str, **limits: Any) -> pa.Table:
+        """Run one reading SQL statement; see `kvtrace.sql.query` for the limits."""
+        return sql.query(self.path, query, closed=self._store.closed, **limits)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        """Attention layers, in order."""
+        found = [Layer(**row) for row in self.table("layers").to_pylist()]
+        return sorted(found, key=lambda layer: (layer.model, layer.layer))
+
+    @property
+    def signals(self) -> frozenset[str]:
+        """What was recorded for every row and layer: of q, k, v, lse, q_prerope, wo."""
+        groups = {layer.array_group for layer in self.layers}
+        found = {
+            kind
+            for kind in ROW_ARRAYS
+            if groups and all(self._store.has_array(array_name(kind, group)) for group in groups)
+        }
+        if self._store.has_array("wo"):
+            found.add("wo")
+        if not all(self.table("rows")["has_query"].to_pylist()):
+            found -= {"q", "lse"}
+        return frozenset(found)
+
+    def requests(self) -> list[Request]:
+        """Sequences, in order of their start; only those with committed tokens."""
+        counts = {request: len(rows) for request, rows in self._row_index.items()}
+        names = Request.__dataclass_fields__
+        return [
+            Request(
+                tokens=counts[row["request"]],
+                **{name: row[name] for name in names if name != "tokens"},
+            )
+            for row in self.table("requests").to_pylist()
+            if row["request"] in counts
+        ]
+
+    def tokens(self, request: int = 0) -> pa.Table:
+        """Tokens of a request by position: position, token_id, text, source."""
+        found = self.table("tokens")
+        found = found.filter(pa.compute.equal(found["request"], request)).sort_by("position")
+        return found.select(["position", "token_id", "text", "source"])
+
+    def request_rows(self, request: int = 0) -> Ids:
+        """Row of each position of a request: int64 [token].
+
+        A position that was processed twice (after a crop) stands for its latest row.
+
+        Raises
+        ------
+        InputError
+            For a request the trace does not have.
+        """
+        try:
+            return self._row_index[request]
+        except KeyError:
+            have = ", ".join(map(str, list(self._row_index)[:8])) or "none"
+            raise InputError(
+                f"request {request} was not found in {self.path}; the trace has {have}"
+            ) from None
+
+    def layer_data(self, layer: int, request: int = 0) -> LayerData:
+        """q, k, v and lse of one layer of one request, as float32."""
+        spec = self._layer(layer)
+        rows = self.request_rows(request)
+        found = {kind: self._read(kind, spec, rows) for kind in ("q", "k", "v", "lse")}
+        return LayerData(spec, **found)
+
+    def row_array(self, kind: str, layer: int, request: int = 0) -> Float:
+        """One kind of row array (`q_prerope`, say) of one layer, by position, as float32."""
+        found = self._read(kind, self._layer(layer), self.request_rows(request))
+        if found is None:
+            raise InputError(f"{kind} was not found in {self.path}; it was not recorded")
+        return found
+
+    def static(self, name: str) -> NDArray[Any]:
+        """An array without a row axis, such as `wo [layer, hidden, q_head*head_dim]`."""
+        return self._store.static(name)
+
+    def attention(
+        self,
+        layer: int,
+        head: int,
+        rows: slice | Ids | None = None,
+        keys: slice | Ids | None = None,
+        request: int = 0,
+    ) -> Float:
+        """Post-softmax attention of one query head, recomputed from q, k and lse.
+
+        Parameters
+        ----------
+        layer, head : int
+            Layer and query head.
+        rows, keys : slice, int array or None
+            Positions in the request; None is all.
+        request : int
+            The request.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32 [row, key]; zero where the key was not visible.
+
+        Raises
+        ------
+        InputError
+            For a layer, head or position the trace does not have, or a trace without q and k.
+        """
+        spec = self._layer(layer)
+        if not 0 <= head < spec.num_q_heads:
+            raise InputError(
+                f"head {head} was not found in layer {layer}; it has 0 to {spec.num_q_heads - 1}"
+            )
+        index = self.request_rows(request)
+        row_at, key_at = _positions(rows, len(index)), _positions(keys, len(index))
+        q = self._read("q", spec, index[row_at])
+        k = self._read("k", spec, index[key_at])
+        lse = self._read("lse", spec, index[row_at])
+        if q is None or k is None or lse is None:
+            raise InputError(
+                f"{self.path} was recorded without q, k or lse; attention needs all three;"
+                " record with --detail qk or qkv"
+            )
+        found = attention.weights(
+            q[:, head], k[:, head // spec.group_size], lse[:, head], row_at, key_at, spec
+        )
+        return np.asarray(found, np.float32)
+
+    def replays(self) -> pa.Table:
+        """Stored replay results: table `replays`, oldest first."""
+        return self.table("replays").sort_by("created_ns")
+
+    def replay(self, name: str) -> StoreReader:
+        """The store of one replay result: its tables and `evicted_at [row, layer, kv_head]`."""
+        known = {store.directory.name: store for store in database.replay_stores(self.path)}
+        if name not in known:
+            have = ", ".join(sorted(known)) or "none"
+            raise InputError(f"replay {name!r} was not found in {self.path}; it has {have}")
+        return known[name]
+
+    def replay_directory(self) -> Path:
+        """Where replay results of this trace belong."""
+        return self.path / REPLAYS
+
+    @cached_property
+    def _row_index(self) -> dict[int, Ids]:
+        found = self.table("rows")
+        row, request, position = (found[name].to_numpy() for name in ("row", "request", "position"))
+        order = np.lexsort((row, position, request))
+        row, request, position = row[order], request[order], position[order]
+        # Of rows with the same request and position the last one counts.
+        last = np.ones(len(row), bool)
+        last[:-1] = (request[1:] != request[:-1]) | (position[1:] != position[:-1])
+        row, request = row[last], request[last]
+        starts = np.flatnonzero(np.r_[True, request[1:] != request[:-1]]) if len(row) else []
+        return {int(request[a]): part for a, part in zip(starts, np.split(row, starts[1:]))}
+
+    def _layer(self, layer: int) -> Layer:
+        for spec in self.layers:
+            if spec.layer == layer:
+                return spec
+        raise InputError(
+            f"layer {layer} was not found in {self.path}; it has"
+            f" {', '.join(str(spec.layer) for spec in self.layers) or 'none'}"
+        )
+
+    def _read(self, kind: str, spec: Layer, rows: Ids) -> Float | None:
+        name = array_name(kind, spec.array_group)
+        if not self._store.has_array(name):
+            return None
+        array = self._store.array(name)
+        if not len(rows):
+            return np.zeros((0, *array.shape[2:]), np.float32)
+        first, last = int(rows.min()), int(rows.max()) + 1
+        values = array.read(first, last, spec.array_index)
+        if last - first != len(rows) or np.any(np.diff(rows) != 1):
+            values = values[rows - first]
+        return np.asarray(values, np.float32)
+
+
+def open_trace(path: str | os.PathLike[str]) -> Trace:
+    """Open a trace for reading, also while it is being recorded.
+
+    Raises
+    ------
+    TraceError
+        Where there is no trace, or one of a format this version cannot read.
+    """
+    return Trace(path)
+
+
+def list_traces(root: str | os.PathLike[str]) -> list[Path]:
+    """Trace directories at or under `root`, in order of their names.
+
+    Traces are not looked for inside traces, in hidden folders, or through links.
+    """
+    found: list[Path] = []
+    for folder, names, _ in os.walk(root):
+        here = Path(folder)
+        if is_trace(here):
+            found.append(here)
+            names.clear()
+        names[:] = [name for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _positions(asked: slice | Ids | None, tokens: int) -> Ids:
+    if asked is None:
+        return np.arange(tokens)
+    if isinstance(asked, slice):
+        return np.arange(tokens)[asked]
+    found = np.asarray(asked, np.int64)
+    if found.size and (found.min() < 0 or found.max() >= tokens):
+        raise InputError(
+            f"positions {found.min()} to {found.max()} were asked; the request has 0 to"
+            f" {tokens - 1}"
+        )
+    return found

@@ -1,0 +1,367 @@
+"""Writing a trace: models and layers, steps of rows, and what each layer saw of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace import database
+from kvtrace.errors import InputError, TraceError
+from kvtrace.layout import DETAIL_ARRAYS, array_name, rank_directory
+from kvtrace.manifest import Manifest, is_trace
+from kvtrace.store import StoreWriter
+from kvtrace.version import __version__
+
+Array = NDArray[Any]
+
+#: Axes behind (row, layer) of each kind of row array, and its type where that is not the trace's.
+ROW_ARRAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
+    "q": (("q_head", "head_dim"), None),
+    "k": (("kv_head", "head_dim"), None),
+    "v": (("kv_head", "value_dim"), None),
+    "lse": (("q_head",), "float32"),
+    "q_prerope": (("q_head", "head_dim"), None),
+}
+_AXIS_FIELD = {
+    "q_head": "num_q_heads",
+    "kv_head": "num_kv_heads",
+    "head_dim": "head_dim",
+    "value_dim": "value_dim",
+}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One attention layer of a model; fields are the columns of table `layers`."""
+
+    layer: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    attention_kind: str = "full"
+    sliding_window: int | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    rope_theta: float | None = None
+
+
+@dataclass
+class _Lane:
+    """Where a layer's rows go."""
+
+    group: int
+    index: int
+    kinds: tuple[str, ...]
+    spec: LayerSpec
+
+
+class TraceWriter:
+    """Writes one process's part of a trace. Not thread-safe: one thread owns it.
+
+    Parameters
+    ----------
+    path : path-like
+        The trace directory to make.
+    source : {"recorded", "imported", "synthetic"}
+        Where the data comes from; shown wherever the trace is.
+    command : sequence of str
+        The command line, for the record.
+    detail : {"events", "qk", "qkv"}
+        Which arrays are kept.
+    dtype : {"float16", "float32"}
+        Storage type of q, k and v.
+    extra : sequence of str
+        Further row arrays ("q_prerope").
+    force : bool
+        Replace an existing trace. Nothing but a trace or an empty directory is ever replaced.
+    versions : mapping of str to str, optional
+        Versions of the libraries recorded from ("torch", "transformers").
+
+    Raises
+    ------
+    TraceError
+        Where `path` exists and may not be replaced.
+    InputError
+        For an unknown detail or dtype.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        source: str = "recorded",
+        command: Sequence[str] = (),
+        detail: str = "qkv",
+        dtype: str = "float16",
+        extra: Sequence[str] = (),
+        force: bool = False,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        _check_choice("detail", detail, DETAIL_ARRAYS)
+        _check_choice("dtype", dtype, ("float16", "float32"))
+        self.path = Path(path)
+        _make_directory(self.path, force=force)
+        self.dtype = dtype
+        self._kinds = (*DETAIL_ARRAYS[detail], *extra)
+        self._lanes: dict[tuple[int, int], _Lane] = {}
+        self._groups = 0
+        self._awaited: set[tuple[int, int]] = set()
+        self._step_rows = 0
+        self._step_model = 0
+        self._overflow: dict[str, int] = {}
+        self._models = 0
+        self._closed = False
+        now = time.time_ns()
+        Manifest(__version__, now, source, list(command)).write(self.path)
+        self._store = StoreWriter(self.path / rank_directory(0))
+        self.append("runs", _run_row(now, source, command, detail, dtype, versions or {}))
+        self.rows = 0
+
+    @property
+    def committed_rows(self) -> int:
+        """Rows that a reader can see."""
+        return self._store.rows
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the trace on disk now."""
+        return directory_bytes(self.path)
+
+    def add_model(self, *, config: Mapping[str, Any] | None = None, **columns: Any) -> int:
+        """Register a model; keywords are the columns of table `models`. Returns its number."""
+        model = self._models
+        self._models += 1
+        text = json.dumps(dict(config or {}), default=str, sort_keys=True)
+        row = {"model": model, "config": text, **columns}
+        self.append("models", {name: [value] for name, value in row.items()})
+        return model
+
+    def add_layers(self, model: int, layers: Sequence[LayerSpec]) -> None:
+        """Register a model's layers, once, before its first rows; makes the arrays they need."""
+        by_shape: dict[tuple[int, ...], list[LayerSpec]] = {}
+        for spec in layers:
+            key = (spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim)
+            by_shape.setdefault(key, []).append(spec)
+        for specs in by_shape.values():
+            group = self._groups
+            self._groups += 1
+            self._declare_group(group, specs)
+            for index, spec in enumerate(specs):
+                self._lanes[model, spec.layer] = _Lane(group, index, self._kinds, spec)
+                row = {
+                    **asdict(spec),
+                    "model": model,
+                    "array_group": group,
+                    "array_index": index,
+                }
+                self.append("layers", {name: [value] for name, value in row.items()})
+
+    def append(self, table: str, values: Mapping[str, Sequence[Any] | Array]) -> None:
+        """Buffer rows of a table.
+
+        Appending to `steps` names the step's model; appending to `rows` then begins a step of
+        that many array rows, which waits for `append_layer` of each of the model's layers.
+        """
+        if table == "steps":
+            self._step_model = int(values["model"][-1])
+        elif table == "rows":
+            self._begin_step(values)
+        self._store.append(table, values)
+
+    def put_static(self, name: str, values: Array, axes: str) -> None:
+        """Keep an array without a row axis, such as the output projections `wo`."""
+        self._store.put_static(name, values, axes)
+
+    def append_layer(self, model: int, layer: int, **arrays: Array | None) -> None:
+        """Add what one layer saw of the current step's n rows.
+
+        Parameters
+        ----------
+        model, layer : int
+            As registered.
+        **arrays : numpy.ndarray or None
+            q [n, q_head, head_dim], k [n, kv_head, head_dim], v [n, kv_head, value_dim],
+            lse [n, q_head]; a kept kind that is missing or None is stored as NaN.
+
+        Raises
+        ------
+        ValueError
+            Where the layer is not awaited or the number of rows is not the step's.
+        """
+        if (model, layer) not in self._awaited:
+            raise ValueError(f"layer {layer} of model {model} is not awaited in this step")
+        lane = self._lanes[model, layer]
+        for kind in lane.kinds:
+            values = arrays.get(kind)
+            name = array_name(kind, lane.group)
+            self._store.pad(name, lane.index, self.rows - self._step_rows)
+            if values is None:
+                self._store.pad(name, lane.index, self.rows)
+            else:
+                self._append_values(name, lane.index, kind, values)
+        self._awaited.discard((model, layer))
+
+    def skip_layer(self, model: int, layer: int, reason: str) -> None:
+        """Store the current step's rows of a layer as NaN, with a row in `gaps`."""
+        self.add_gap("layer rows", self._step_rows, reason)
+        self.append_layer(model, layer)
+
+    def add_gap(self, what: str, count: int, reason: str, step: int | None = None) -> None:
+        """Note something that the trace does not hold."""
+        row = {"ts_ns": time.time_ns(), "step": step, "what": what, "count": count}
+        self.append("gaps", {name: [value] for name, value in {**row, "reason": reason}.items()})
+
+    def commit(self) -> bool:
+        """Make everything appended so far visible; False in the middle of a step (nothing done)."""
+        if self._awaited:
+            return False
+        self._pad_lanes()
+        self._store.commit(self.rows)
+        return True
+
+    def close(self, *, complete: bool = True) -> None:
+        """Seal the arrays and build `trace.duckdb`; further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._finish_step("the recording ended in the middle of a step")
+        for kind, count in self._overflow.items():
+            self.add_gap(f"{kind} values", count, "outside the range of float16; stored as inf")
+        self._pad_lanes()
+        self._store.commit(self.rows)
+        self._store.close(complete=complete)
+        database.build(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(complete=error is None)
+
+    def _declare_group(self, group: int, specs: Sequence[LayerSpec]) -> None:
+        first = specs[0]
+        for kind in self._kinds:
+            axes, dtype = ROW_ARRAYS[kind]
+            tail = (len(specs), *(int(getattr(first, _AXIS_FIELD[axis])) for axis in axes))
+            name, dtype = array_name(kind, group), dtype or self.dtype
+            names = ",".join(("row", "layer", *axes))
+            self._store.declare_array(name, tail=tail, dtype=dtype, axes=names)
+            row = {
+                "name": name,
+                "kind": kind,
+                "array_group": group,
+                "dtype": dtype,
+                "shape": json.dumps(tail),
+                "axes": names,
+            }
+            self.append("array_catalog", {key: [value] for key, value in row.items()})
+
+    def _begin_step(self, values: Mapping[str, Sequence[Any] | Array]) -> None:
+        self._finish_step("the model did not run this layer in this step")
+        ids = np.asarray(values["row"])
+        if not np.array_equal(ids, np.arange(self.rows, self.rows + len(ids))):
+            raise ValueError(f"row ids must go on from {self.rows}")
+        self._step_rows = len(ids)
+        self.rows += len(ids)
+        self._awaited = {key for key in self._lanes if key[0] == self._step_model}
+
+    def _finish_step(self, reason: str) -> None:
+        for model, layer in sorted(self._awaited):
+            self.skip_layer(model, layer, reason)
+
+    def _append_values(self, name: str, lane: int, kind: str, values: Array) -> None:
+        if len(values) != self._step_rows:
+            raise ValueError(f"{kind} has {len(values)} rows; the step has {self._step_rows}")
+        stored = np.dtype(ROW_ARRAYS[kind][1] or self.dtype)
+        if values.dtype != stored:
+            with np.errstate(over="ignore"):
+                narrowed = values.astype(stored)
+            lost = int(np.count_nonzero(np.isinf(narrowed)) - np.count_nonzero(np.isinf(values)))
+            if lost:
+                self._overflow[kind] = self._overflow.get(kind, 0) + lost
+            values = narrowed
+        self._store.append_lane(name, lane, values)
+
+    def _pad_lanes(self) -> None:
+        # Rows of one model are holes in the arrays of another.
+        for lane in self._lanes.values():
+            for kind in lane.kinds:
+                self._store.pad(array_name(kind, lane.group), lane.index, self.rows)
+
+
+def directory_bytes(path: Path) -> int:
+    """Bytes of all files under a directory; files that vanish meanwhile do not count."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size  # noqa: PTH118 - hot
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def _check_choice(what: str, found: str, choices: Any) -> None:
+    if found not in choices:
+        raise InputError(f"{what} {found!r} is unknown; one of {', '.join(choices)} was expected")
+
+
+def _make_directory(path: Path, *, force: bool) -> None:
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        if not is_trace(path):
+            raise TraceError(
+                f"{path} exists and is not a trace; a new path was expected; choose another --out"
+            )
+        if not force:
+            raise TraceError(
+                f"{path} exists; a new path was expected; choose another --out,"
+                " or --force to replace it"
+            )
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _run_row(
+    now: int,
+    source: str,
+    command: Sequence[str],
+    detail: str,
+    dtype: str,
+    versions: Mapping[str, str],
+) -> dict[str, list[Any]]:
+    row = {
+        "run": 0,
+        "source": source,
+        "kvtrace_version": __version__,
+        "started_ns": now,
+        "command": json.dumps(list(command)),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "python": sys.version.split()[0],
+        "torch": versions.get("torch"),
+        "transformers": versions.get("transformers"),
+        "detail": detail,
+        "dtype": dtype,
+    }
+    return {name: [value] for name, value in row.items()}
