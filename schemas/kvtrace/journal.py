@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +114,7 @@ class JournalReader:
     @property
     def mtime_ns(self) -> int:
         """When the journal last grew."""
-        return os.stat(self.path).st_mtime_ns
+        return self.path.stat().st_mtime_ns
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

@@ -93,7 +93,7 @@ def _first_rows(batches: pa.RecordBatchReader, max_rows: int) -> pa.Table:
 def _connect(
     trace: Path, *, closed: bool, memory_limit: str
 ) -> Iterator[duckdb.DuckDBPyConnection]:
-    settings = {
+    settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": memory_limit,
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",

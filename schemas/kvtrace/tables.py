@@ -1,4 +1,4 @@
-"""The tables of a trace: their definitions from schema.sql, as Arrow schemas and as DuckDB tables."""
+"""The tables of a trace: their definitions in schema.sql, as Arrow schemas for writers."""
 
 from __future__ import annotations
 

@@ -246,8 +246,9 @@ class Trace:
         last = np.ones(len(row), bool)
         last[:-1] = (request[1:] != request[:-1]) | (position[1:] != position[:-1])
         row, request = row[last], request[last]
-        starts = np.flatnonzero(np.r_[True, request[1:] != request[:-1]]) if len(row) else []
-        return {int(request[a]): part for a, part in zip(starts, np.split(row, starts[1:]))}
+        names, starts = np.unique(request, return_index=True)
+        parts = np.split(row, starts[1:]) if len(row) else []
+        return {int(name): part for name, part in zip(names, parts, strict=True)}
 
     def _layer(self, layer: int) -> Layer:
         for spec in self.layers:
