@@ -120,11 +120,8 @@ class JournalReader:
 def _decode(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n") or len(line) < 10:
         return None
-    checksum, body = line[:8], line[9:-1]
-    try:
-        if int(checksum, 16) != zlib.crc32(body):
-            return None
-    except ValueError:
+    body = line[9:-1]
+    if line[:9] != b"%08x " % zlib.crc32(body):
         return None
     entry: dict[str, Any] = json.loads(body)
     return entry

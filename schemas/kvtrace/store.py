@@ -71,7 +71,8 @@ class StoreWriter:
 
     def append(self, table: str, values: Mapping[str, Sequence[Any] | Array]) -> None:
         """Buffer rows of a table until the next commit; columns not given are null."""
-        self._pending.setdefault(table, []).append(tables.to_arrow(table, values))
+        batch = tables.to_arrow(table, values)
+        self._pending.setdefault(table, []).append(batch)
 
     def append_lane(self, name: str, lane: int, values: Array) -> None:
         """Add rows to one lane of an array: `values [n, *tail[1:]]`."""
