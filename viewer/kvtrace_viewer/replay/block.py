@@ -1,0 +1,178 @@
+"""Attention rows, 64 at a time: what policies and measures look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.kernels import count_needed, fill_needed
+
+BLOCK_ROWS = 64  # 64 rows of every head of a layer stay in the caches of a CPU, a map does not
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """One KV head of one layer, with its group of query heads, over a whole request.
+
+    Attributes
+    ----------
+    q : float32 [token, query head of the group, head_dim]
+        Queries as the model used them (after RoPE).
+    k, v : float32 [token, head_dim]
+        Keys and values; v is None where the trace has none.
+    lse : float32 [token, query head of the group] or None
+        Log-sum-exp of each row's scores; derived from q and k where None.
+    scale : float
+        Factor on q k^T.
+    prompt_tokens : int
+        Tokens of the prompt, at most `tokens`.
+    window : int or None
+        Keys a query can see, itself included; None where it sees all.
+    softcap : float or None
+        Scores are softcap * tanh(score / softcap).
+    has_sinks : bool
+        Whether a learned sink takes its part of every row's attention.
+    layer, kv_head, num_layers : int
+        Where the head stands in the model.
+    """
+
+    q: Floats
+    k: Floats
+    v: Floats | None
+    lse: Floats | None
+    scale: float
+    prompt_tokens: int
+    window: int | None = None
+    softcap: float | None = None
+    has_sinks: bool = False
+    layer: int = 0
+    kv_head: int = 0
+    num_layers: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the request."""
+        return self.k.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Query heads that read this KV head."""
+        return self.q.shape[1]
+
+    @cached_property
+    def has_query(self) -> NDArray[np.bool_]:
+        """[token]: False for rows whose query the trace does not hold; they are not measured."""
+        if self.lse is None:
+            return np.ones(self.tokens, dtype=np.bool_)
+        return np.isfinite(self.lse).all(axis=1)
+
+    def rows(self, start: int, stop: int, buffer: Floats) -> Floats:
+        """Attention of queries start..stop-1: float32 [query head, row, key 0..stop-1].
+
+        Zero where a query cannot see a key. The result lies in `buffer` (at least
+        group * (stop - start) * stop values), valid until the buffer is used again.
+        """
+        size = self.group * (stop - start) * stop
+        scores = buffer[:size].reshape(self.group * (stop - start), stop)
+        queries = np.ascontiguousarray(self.q[start:stop].transpose(1, 0, 2))
+        np.matmul(queries.reshape(-1, queries.shape[2]), self.k[:stop].T, out=scores)
+        scores *= np.float32(self.scale)
+        if self.softcap is not None:
+            scores /= np.float32(self.softcap)
+            np.tanh(scores, out=scores)
+            scores *= np.float32(self.softcap)
+        rows = scores.reshape(self.group, stop - start, stop)
+        self._hide(rows, start, stop)
+        if self.lse is None:
+            rows -= rows.max(axis=2, keepdims=True)
+            np.exp(rows, out=rows)
+            rows /= rows.sum(axis=2, keepdims=True)
+        else:
+            lse = np.where(self.has_query[start:stop, None], self.lse[start:stop], np.inf)
+            rows -= lse.T[:, :, None].astype(np.float32)
+            np.exp(rows, out=rows)
+        return rows
+
+    def _hide(self, rows: Floats, start: int, stop: int) -> None:
+        """Scores of keys after the query, or outside its window, become -inf."""
+        queries = np.arange(start, stop)[:, None]
+        future = np.arange(start, stop)[None, :] > queries
+        rows[:, :, start:][:, future] = -np.inf
+        if self.window is not None and stop > self.window:
+            past = np.arange(stop)[None, :] <= queries - self.window
+            rows[:, past] = -np.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Needed:
+    """Keys that queries need, row by row: a[i,j] >= 1/(i+1).
+
+    Attributes
+    ----------
+    starts : int64 [row * query head + 1]
+        Where the keys of (row, query head) begin in `keys`; query heads vary fastest.
+    keys : int32
+        Needed key positions, ascending within a (row, query head).
+    """
+
+    starts: NDArray[np.int64]
+    keys: NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The attention of one KV head's queries start..stop-1 on keys 0..stop-1.
+
+    Attributes
+    ----------
+    head : Head
+        The head, with its keys, values and queries.
+    start, stop : int
+        First row, and one past the last.
+    attention : float32 [query head of the group, row, key]
+        Post-softmax attention of the full cache; the engine's buffer, do not write, do not keep.
+    layer_mean : float64 [row, key] or None
+        Mean over all query heads of the layer; only for policies with `across_heads`.
+    needed_share : float
+        Threshold of being needed, in uniform shares.
+    """
+
+    head: Head
+    start: int
+    stop: int
+    attention: Floats
+    layer_mean: NDArray[np.float64] | None = None
+    needed_share: float = 1.0
+
+    @cached_property
+    def received(self) -> NDArray[np.float64]:
+        """[row, key]: attention summed over the group's query heads."""
+        return self.attention.sum(axis=0, dtype=np.float64)
+
+    @cached_property
+    def row_sums(self) -> NDArray[np.float64]:
+        """[query head, row]: what a row's attention on keys sums to."""
+        return self.attention.sum(axis=2, dtype=np.float64)
+
+    @cached_property
+    def sink_share(self) -> NDArray[np.float64]:
+        """[query head, row]: what a learned sink takes of each row; zeros where there is none."""
+        if not self.head.has_sinks:
+            return np.zeros_like(self.row_sums)
+        return np.where(self.row_sums > 0, np.maximum(1 - self.row_sums, 0), 0)
+
+    @cached_property
+    def needed(self) -> Needed:
+        """The keys each query needs."""
+        group, rows, _ = self.attention.shape
+        starts = np.zeros(rows * group + 1, dtype=np.int64)
+        count_needed(self.attention, self.start, self.needed_share, starts)
+        np.cumsum(starts, out=starts)
+        keys = np.empty(starts[-1], dtype=np.int32)
+        fill_needed(self.attention, self.start, self.needed_share, starts, keys)
+        return Needed(starts, keys)

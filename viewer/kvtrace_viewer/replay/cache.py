@@ -1,0 +1,110 @@
+"""What one policy's caches hold, at every budget at once, in one KV head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.kernels import NEVER, cut_lowest
+
+Longs = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """The decisions of one policy: after which rows, and to how many tokens.
+
+    Attributes
+    ----------
+    rows : int64 [cut]
+        Rows after which the policy cuts, ascending.
+    limits : int64 [cut, budget]
+        Tokens held after the cut.
+    sinks, recent : int64 [cut, budget]
+        First positions and last positions that are protected; sinks + recent <= limits.
+    """
+
+    rows: Longs
+    limits: Longs
+    sinks: Longs
+    recent: Longs
+
+    def within(self, start: int, stop: int) -> Cuts:
+        """Return the decisions after rows start..stop-1."""
+        a, b = np.searchsorted(self.rows, (start, stop))
+        return Cuts(self.rows[a:b], self.limits[a:b], self.sinks[a:b], self.recent[a:b])
+
+
+class Cache:
+    """The tokens one policy holds in one KV head, per budget.
+
+    Attributes
+    ----------
+    cuts : Cuts
+        All decisions over the request.
+    slots : int32 [budget, token]
+        Held positions, ascending, in slots[b, :counts[b]].
+    counts : int64 [budget]
+        Tokens held.
+    joined : int
+        Tokens that have been in: positions 0..joined-1.
+    evicted_at : int32 [token, budget]
+        Row after which a position was evicted, or left the model's own window; NEVER if held.
+    ties : int64 [budget]
+        Cuts whose margin (last kept minus first evicted) was 0.
+    """
+
+    def __init__(self, cuts: Cuts, window: int | None, evicted_at: NDArray[np.int32]) -> None:
+        tokens, budgets = evicted_at.shape
+        self.cuts = cuts
+        self.window = window
+        self.slots = np.zeros((budgets, tokens), dtype=np.int32)
+        self.counts = np.zeros(budgets, dtype=np.int64)
+        self.joined = 0
+        self.evicted_at = evicted_at
+        self.ties = np.zeros(budgets, dtype=np.int64)
+        evicted_at[:] = left_window(tokens, window)[:, None]
+
+    def cut(self, cuts: Cuts, scores: NDArray[np.float64]) -> None:
+        """Evict the lowest scores at each of `cuts`, equal scores the older token first.
+
+        Parameters
+        ----------
+        cuts : Cuts
+            Decisions that follow the last ones made.
+        scores : float64 [cut, key] or [budget, cut, key]
+            Higher = kept. One matrix for all budgets, or one each.
+        """
+        if not len(cuts.rows):
+            return
+        if scores.ndim == 2:
+            scores = scores[None]
+        cut_lowest(
+            np.ascontiguousarray(scores, dtype=np.float64),
+            cuts.rows,
+            cuts.limits,
+            cuts.sinks,
+            cuts.recent,
+            self.window or 0,
+            self.joined,
+            self.slots,
+            self.counts,
+            self.evicted_at,
+            self.ties,
+        )
+        self.joined = int(cuts.rows[-1]) + 1
+
+
+def left_window(tokens: int, window: int | None) -> NDArray[np.int32]:
+    """[token]: the last row whose query the model itself lets see the position, NEVER if all."""
+    if window is None or window >= tokens:
+        return np.full(tokens, NEVER, dtype=np.int32)
+    last = np.arange(tokens, dtype=np.int64) + window - 1
+    return np.where(last < tokens - 1, last, NEVER).astype(np.int32)
+
+
+def present(rows: Longs, window: int | None) -> Longs:
+    """Tokens present at a decision after each row: those the model lets the next query see."""
+    return rows + 1 if window is None else np.minimum(rows + 1, max(window - 1, 1))

@@ -1,0 +1,138 @@
+"""The one pass: attention rows are computed once and feed every policy at every budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.amounts import Budget
+from kvtrace_viewer.replay.block import BLOCK_ROWS, Block, Head
+from kvtrace_viewer.replay.cache import Cache
+from kvtrace_viewer.replay.measure import HeadMeasures, Measures
+from kvtrace_viewer.replay.policy import Policy
+from kvtrace_viewer.replay.totals import HeadTotals, StepTotals, summarise
+from kvtrace_viewer.replay.when import When
+
+Progress = Callable[[int], None]
+"""Told how many rows of one layer have been passed since it was last told."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy, deciding at one rhythm, at several budgets: neighbouring pairs."""
+
+    policy: Policy
+    when: When
+    budgets: list[Budget]
+
+
+class _RunState:
+    """One run in one head."""
+
+    def __init__(self, run: Run, head: Head, evicted_at: NDArray[np.int32]) -> None:
+        self.policy = run.policy
+        self.cuts = run.policy.cuts(run.when, run.budgets, head)
+        self.cache = Cache(self.cuts, head.window, evicted_at)
+        self.state: Any = run.policy.start(head, self.cuts)
+        self.first_row = int(self.cuts.rows[0]) + 1 if len(self.cuts.rows) else head.tokens
+
+    def bound(self) -> NDArray[np.float64]:
+        found = self.policy.bound(self.state) if len(self.cuts.rows) else None
+        return np.full(len(self.cache.counts), np.nan) if found is None else found
+
+
+class HeadReplay:
+    """All runs in one KV head of one request.
+
+    Attributes
+    ----------
+    evicted_at : int32 [token, pair]
+        Row after which a token was evicted or left the model's own window.
+    """
+
+    def __init__(self, head: Head, runs: list[Run], options: Measures) -> None:
+        self.head = head
+        self.options = options
+        pairs = sum(len(run.budgets) for run in runs)
+        self.evicted_at = np.empty((head.tokens, pairs), dtype=np.int32)
+        self.runs: list[_RunState] = []
+        first_rows: list[int] = []
+        for run in runs:
+            columns = slice(len(first_rows), len(first_rows) + len(run.budgets))
+            self.runs.append(_RunState(run, head, self.evicted_at[:, columns]))
+            first_rows += [self.runs[-1].first_row] * len(run.budgets)
+        self.measures = HeadMeasures(head, np.array(first_rows, dtype=np.int64), options)
+        self.buffer = np.empty(head.group * BLOCK_ROWS * head.tokens, dtype=np.float32)
+
+    def block(self, start: int, stop: int) -> Block:
+        """Compute the attention rows start..stop-1."""
+        rows = self.head.rows(start, stop, self.buffer)
+        return Block(self.head, start, stop, rows, None, self.options.needed_share)
+
+    def look_ahead(self) -> None:
+        """Show the rows, last block first, to the policies that know the future."""
+        seers = [r for r in self.runs if r.policy.looks_ahead and len(r.cuts.rows)]
+        if not seers:
+            return
+        first = min(r.first_row for r in seers)
+        for start, stop in reversed(list(blocks(self.head))):
+            if stop < first:
+                return
+            block = self.block(start, stop)
+            for run in seers:
+                if stop >= run.first_row:
+                    run.policy.look_ahead(block, run.cuts.within(start, stop), run.state)
+
+    def advance(self, block: Block) -> None:
+        """Decide, then measure, one block."""
+        for run in self.runs:
+            cuts = run.cuts.within(block.start, block.stop)
+            run.policy.decide(block, cuts, run.state, run.cache)
+        self.measures.add(block, self.evicted_at)
+
+    def summarise(self, steps: StepTotals) -> HeadTotals:
+        """Total what was measured, and add the rows to `steps`."""
+        ties = np.concatenate([run.cache.ties for run in self.runs])
+        bound = np.concatenate([run.bound() for run in self.runs])
+        return summarise(self.measures, self.evicted_at, ties, bound, steps)
+
+
+def blocks(head: Head) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most 64, none across the end of the prompt."""
+    for first, last in ((0, head.prompt_tokens), (head.prompt_tokens, head.tokens)):
+        for start in range(first, last, BLOCK_ROWS):
+            yield start, min(start + BLOCK_ROWS, last)
+
+
+def replay_layer(
+    heads: list[Head],
+    runs: list[Run],
+    options: Measures,
+    pool: Executor,
+    progress: Progress,
+) -> list[HeadReplay]:
+    """Replay all runs in the KV heads of one layer of one request."""
+    replays = list(pool.map(lambda head: HeadReplay(head, runs, options), heads))
+    list(pool.map(HeadReplay.look_ahead, replays))
+    together = any(run.policy.across_heads for run in runs)
+    for start, stop in blocks(heads[0]):
+        if together:
+            rows = list(pool.map(lambda r: r.block(start, stop), replays))  # noqa: B023
+            mean = layer_mean(rows)
+            rows = [Block(b.head, b.start, b.stop, b.attention, mean, b.needed_share) for b in rows]
+            list(pool.map(HeadReplay.advance, replays, rows))
+        else:
+            list(pool.map(lambda r: r.advance(r.block(start, stop)), replays))  # noqa: B023
+        progress(stop - start)
+    return replays
+
+
+def layer_mean(rows: list[Block]) -> NDArray[np.float64]:
+    """Mean attention [row, key] over all query heads of a layer."""
+    total: NDArray[np.float64] = sum((b.received for b in rows), start=np.float64(0))  # type: ignore[assignment]
+    return total / sum(b.head.group for b in rows)

@@ -1,0 +1,164 @@
+"""What is measured, for all pairs of policy and budget at once, in one KV head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.block import Block, Head
+from kvtrace_viewer.replay.cache import left_window
+from kvtrace_viewer.replay.kernels import NEVER, add_back, add_far, count_hits, held_at_end
+
+MASS_BINS = 10_000
+"""Bins of the histogram that percentiles of mass are read from: good to 1e-4."""
+
+Doubles = NDArray[np.float64]
+Longs = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The settable thresholds of what is measured.
+
+    Attributes
+    ----------
+    needed_share : float
+        A query needs a key that gets at least this many uniform shares 1/(i+1).
+    sink_share : float
+        A key is a sink in a query head when its mean attention over the queries more than
+        `sink_distance` positions later (that can see it) is at least this.
+    sink_distance : int
+        In positions; a quarter of the request where that is less.
+    output_rows : int
+        Output error is taken over all measured rows up to this many, else over every k-th,
+        k = ceil(measured rows / output_rows).
+    """
+
+    needed_share: float = 1.0
+    sink_share: float = 0.1
+    sink_distance: int = 64
+    output_rows: int = 512
+
+
+class HeadMeasures:
+    """Collects what is measured in one head of one request.
+
+    Attributes
+    ----------
+    mass : float32 [pair, query head, row], NaN where a row is not measured
+    hits, misses : int64 [pair, row]
+    error : float64 [pair], output errors summed over `error_rows` rows and the query heads
+    error_rows : int64 [pair]
+    """
+
+    def __init__(self, head: Head, first_rows: Longs, options: Measures) -> None:
+        pairs = len(first_rows)
+        self.head = head
+        self.first_rows = first_rows
+        self.options = options
+        self.mass = np.full((pairs, head.group, head.tokens), np.nan, dtype=np.float32)
+        self.hits = np.zeros((pairs, head.tokens), dtype=np.int64)
+        self.misses = np.zeros((pairs, head.tokens), dtype=np.int64)
+        self.error = np.zeros(pairs)
+        self.error_rows = np.zeros(pairs, dtype=np.int64)
+        self.strides = np.maximum(1, -(-(head.tokens - first_rows) // options.output_rows))
+        self.sink_distance = min(options.sink_distance, head.tokens // 4)
+        self.far = np.zeros((head.group, head.tokens))
+
+    def add(self, block: Block, evicted_at: NDArray[np.int32]) -> None:
+        """Measure a block whose decisions have been made (`evicted_at` [token, pair])."""
+        add_far(block.attention, block.start, self.sink_distance, self.far)
+        active = np.flatnonzero(self.first_rows < block.stop)
+        if not len(active):
+            return
+        gone = np.ascontiguousarray(evicted_at[: block.stop, active])
+        rows = np.arange(block.start, block.stop)
+        measured = self.first_rows[active, None] <= rows
+        measured &= self.head.has_query[block.start : block.stop]
+        mass = kept_mass(block, gone).transpose(2, 0, 1)
+        window = slice(block.start, block.stop)
+        self.mass[active, :, window] = np.where(measured[:, None], mass, np.nan)
+        needed = np.diff(block.needed.starts[:: self.head.group])
+        hits = np.zeros((len(rows), len(active)), dtype=np.int64)
+        count_hits(block.needed.starts, block.needed.keys, self.head.group, block.start, gone, hits)
+        self.hits[active, window] = np.where(measured, hits.T, 0)
+        self.misses[active, window] = np.where(measured, needed - hits.T, 0)
+        if self.head.v is not None:
+            self._add_error(block, gone, active, measured, rows)
+
+    def _add_error(
+        self,
+        block: Block,
+        gone: NDArray[np.int32],
+        active: Longs,
+        measured: NDArray[np.bool_],
+        rows: Longs,
+    ) -> None:
+        offsets = rows - self.first_rows[active, None]
+        sampled = measured & (offsets % self.strides[active, None] == 0)
+        # Pairs that decide at the same time share their sample.
+        patterns, of_pair = np.unique(sampled, axis=0, return_inverse=True)
+        for p, pattern in enumerate(patterns):
+            which = np.flatnonzero(of_pair == p)
+            if pattern.any():
+                errors = output_errors(block, gone[:, which], np.flatnonzero(pattern))
+                self.error[active[which]] += errors.sum(axis=(1, 2))
+                self.error_rows[active[which]] += int(pattern.sum())
+
+    def sinks(self) -> NDArray[np.bool_]:
+        """[query head, key]: the sinks of the full cache that the model itself still sees."""
+        tokens = self.head.tokens
+        queries = np.append(0, self.head.has_query.cumsum())
+        first = np.minimum(np.arange(tokens) + self.sink_distance + 1, tokens)
+        last = np.minimum(np.arange(tokens) + (self.head.window or tokens), tokens)
+        count = np.maximum(queries[last] - queries[first], 0)
+        seen = (count > 0) & (left_window(tokens, self.head.window) == NEVER)
+        mean = self.far / np.maximum(count, 1)
+        found: NDArray[np.bool_] = seen & (mean >= self.options.sink_share)
+        return found
+
+
+def kept_mass(block: Block, gone: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Attention on held keys and on the query's own token: float32 [query head, row, pair].
+
+    `gone` [key, pair] is the row after which each pair evicted a key.
+    """
+    group, rows, stop = block.attention.shape
+    held = np.empty(gone.shape, dtype=np.float32)
+    inside = held_at_end(gone, block.start, stop, held)
+    mass = (block.attention.reshape(-1, stop) @ held).reshape(group, rows, -1)
+    if inside:
+        add_back(block.attention, block.start, gone, mass)
+    return mass
+
+
+def output_errors(block: Block, gone: NDArray[np.int32], rows: Longs) -> Doubles:
+    """Relative output error ||o_S - o|| / ||o|| of some rows: float64 [pair, query head, row].
+
+    o_S is renormalised over the kept keys (and a learned sink's share, where there is one).
+    `rows` index into the block.
+    """
+    v = block.head.v
+    if v is None:
+        raise ValueError("output error needs values")
+    values = v[: block.stop]
+    attention = block.attention[:, rows]
+    sink = block.sink_share[:, rows]
+    full = _output(attention, values, sink)
+    size = np.linalg.norm(full, axis=2)
+    errors = np.zeros((gone.shape[1], *size.shape))
+    for p in range(gone.shape[1]):
+        kept = np.where(gone[:, p] >= (block.start + rows)[:, None], attention, np.float32(0))
+        apart = np.linalg.norm(_output(kept, values, sink) - full, axis=2)
+        errors[p] = np.divide(apart, size, out=np.zeros_like(size), where=size > 0)
+    return errors
+
+
+def _output(attention: NDArray[np.float32], values: NDArray[np.float32], sink: Doubles) -> Doubles:
+    """Attention output, renormalised: float64 [query head, row, value_dim]."""
+    total = attention.sum(axis=2, dtype=np.float64) + sink
+    outputs = (attention.reshape(-1, attention.shape[2]) @ values).reshape(*total.shape, -1)
+    # A row that keeps nothing has no output to speak of: zero, as the sum of no values.
+    return np.asarray(outputs / np.where(total > 0, total, 1.0)[..., None])

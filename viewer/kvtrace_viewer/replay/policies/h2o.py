@@ -1,0 +1,159 @@
+"""Heavy hitters and the recent past."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.amounts import Amount, amount_field
+from kvtrace_viewer.replay.block import Block, Head
+from kvtrace_viewer.replay.cache import Cache, Cuts
+from kvtrace_viewer.replay.jit import jit
+from kvtrace_viewer.replay.kernels import cut_row
+from kvtrace_viewer.replay.policy import Policy, parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(Policy):
+    """Keep the tokens that received most attention so far, and the most recent ones.
+
+    Zhang et al. 2023, "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large
+    Language Models", arXiv:2306.14048. Attention is accumulated over all rows and summed over
+    the query heads of the group (the paper has one query head per KV head). The accumulated
+    sums are carried across evictions.
+    """
+
+    name: ClassVar[str] = "h2o"
+
+    recent: Amount = parameter(
+        Amount(None, amount_field("50%", "recent").percent, "50%"),
+        "last tokens that are never evicted",
+        "tokens or % of budget",
+    )
+    renormalise: bool = parameter(
+        True,
+        "accumulate rows renormalised over what was kept, as a real run would see them; "
+        "false is cheaper",
+    )
+
+    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
+        """[1 or budget, token]: accumulated attention."""
+        budgets = cuts.limits.shape[1] if self.renormalise else 1
+        return np.zeros((budgets, head.tokens))
+
+    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Attention accumulated over full-cache rows."""
+        sums = block.received.cumsum(axis=0)
+        sums += state[0, : block.stop]
+        state[0, : block.stop] = sums[-1]
+        return sums[cuts.rows - block.start]
+
+    def decide(self, block: Block, cuts: Cuts, state: NDArray[np.float64], cache: Cache) -> None:
+        """Accumulate and cut, row by row where rows depend on what was kept."""
+        if not self.renormalise:
+            cache.cut(cuts, self.scores(block, cuts, state))
+        elif not len(cache.cuts.rows) or cache.cuts.rows[0] >= block.stop - 1:
+            # Nothing is evicted before this block's last row: every budget sees full rows.
+            _accumulate(block.attention, block.row_sums + block.sink_share, state)
+            cache.cut(cuts, state[:, None, : block.stop])
+        else:
+            _renormalised(
+                block.attention,
+                block.sink_share,
+                block.start,
+                state,
+                cuts.rows,
+                cuts.limits,
+                cuts.sinks,
+                cuts.recent,
+                cache.window or 0,
+                cache.joined,
+                cache.slots,
+                cache.counts,
+                cache.evicted_at,
+                cache.ties,
+            )
+            cache.joined = block.stop
+
+
+@jit
+def _accumulate(
+    attention: NDArray[np.float32], totals: NDArray[np.float64], state: NDArray[np.float64]
+) -> None:
+    """Add a block's full rows, each over its total, to every budget's sums."""
+    group, rows, stop = attention.shape
+    added = np.zeros(stop)
+    for r in range(rows):
+        for g in range(group):
+            if totals[g, r] > 0:
+                share = 1.0 / totals[g, r]
+                for j in range(stop):
+                    added[j] += attention[g, r, j] * share
+    for b in range(state.shape[0]):
+        for j in range(stop):
+            state[b, j] += added[j]
+
+
+@jit
+def _renormalised(
+    attention: NDArray[np.float32],
+    sink_share: NDArray[np.float64],
+    start: int,
+    state: NDArray[np.float64],
+    cut_rows: NDArray[np.int64],
+    limits: NDArray[np.int64],
+    sinks: NDArray[np.int64],
+    recent: NDArray[np.int64],
+    window: int,
+    joined: int,
+    slots: NDArray[np.int32],
+    counts: NDArray[np.int64],
+    evicted_at: NDArray[np.int32],
+    ties: NDArray[np.int64],
+) -> None:
+    """Row by row: the row joins, its kept part is renormalised and added, then the cut."""
+    group, rows, stop = attention.shape
+    gathered = np.empty(slots.shape[1], dtype=np.float64)
+    for b in range(counts.shape[0]):
+        count = counts[b]
+        for j in range(joined, start):
+            slots[b, count] = j
+            count += 1
+        c = 0
+        for r in range(rows):
+            slots[b, count] = start + r
+            count += 1
+            for g in range(group):
+                _add_kept(attention[g, r], sink_share[g, r], slots[b, :count], state[b])
+            if c < len(cut_rows) and cut_rows[c] == start + r:
+                count, tie = cut_row(
+                    state[b],
+                    cut_rows[c],
+                    limits[c, b],
+                    sinks[c, b],
+                    recent[c, b],
+                    window,
+                    slots[b],
+                    count,
+                    evicted_at[:, b],
+                    gathered,
+                )
+                ties[b] += tie
+                c += 1
+        counts[b] = count
+
+
+@jit
+def _add_kept(
+    row: NDArray[np.float32], sink: float, held: NDArray[np.int32], sums: NDArray[np.float64]
+) -> None:
+    mass = 0.0
+    for j in held:
+        mass += row[j]
+    if mass > 0:
+        share = 1.0 / (mass + sink)
+        for j in held:
+            sums[j] += row[j] * share

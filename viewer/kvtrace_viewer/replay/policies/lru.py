@@ -1,0 +1,57 @@
+"""Least recently needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.block import Block, Head
+from kvtrace_viewer.replay.cache import Cuts
+from kvtrace_viewer.replay.jit import jit
+from kvtrace_viewer.replay.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class LRU(Policy):
+    """Evict the token whose last use is longest ago; a use is a query that needs it.
+
+    The classic of operating systems, with being needed (attention of at least the uniform
+    share 1/(i+1), by any query head of the group) in the place of an access. A token's arrival
+    counts as its first use.
+    """
+
+    name: ClassVar[str] = "lru"
+
+    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
+        """[token]: row of the last use."""
+        return np.arange(head.tokens, dtype=np.float64)
+
+    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Row of the last use."""
+        out = np.empty((len(cuts.rows), block.stop))
+        needed = block.needed
+        _last_use(needed.starts, needed.keys, block.head.group, block.start, cuts.rows, state, out)
+        return out
+
+
+@jit
+def _last_use(
+    starts: NDArray[np.int64],
+    keys: NDArray[np.int32],
+    group: int,
+    start: int,
+    cuts: NDArray[np.int64],
+    last_use: NDArray[np.float64],
+    out: NDArray[np.float64],
+) -> None:
+    rows = (len(starts) - 1) // group
+    c = 0
+    for r in range(rows):
+        for at in range(starts[r * group], starts[(r + 1) * group]):
+            last_use[keys[at]] = start + r
+        if c < len(cuts) and cuts[c] == start + r:
+            out[c] = last_use[: out.shape[1]]
+            c += 1

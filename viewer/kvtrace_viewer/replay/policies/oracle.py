@@ -1,0 +1,178 @@
+"""What a policy that knows the future could keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.block import Block, Head
+from kvtrace_viewer.replay.cache import Cuts
+from kvtrace_viewer.replay.jit import jit
+from kvtrace_viewer.replay.policy import Policy, parameter
+
+Doubles = NDArray[np.float64]
+Longs = NDArray[np.int64]
+
+LEAST_PRICE, HIGHEST_PRICE = 0.01, 40.0
+"""In uniform shares. At 0.01 nearly every token is worth its slot, at 40 hardly any is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oracle(Policy):
+    """Know the future: keep what will be attended to most, and bound what any policy can keep.
+
+    One decision: the tokens with most future attention, which is optimal. Repeated decisions:
+    a slot costs c/(i+1) at row i (c in uniform shares), and a token's value after row i is
+
+        V_i[j] = max(0, a[i,j] - c/(i+1) + V_{i+1}[j])
+
+    with a summed over the query heads of the group; the least V is evicted. The dual sum
+    (slots paid, plus the value of every token at its first measured row, plus what is visible
+    in any case) bounds the mass of every policy under the same budget, for any c >= 0; the
+    least over the prices is the `bound`, and its price makes the schedule. Ours; dropping the
+    least future attention is not optimal for repeated cuts.
+
+    Three refinements, none of which a policy can beat either: the max is taken only where a cut
+    can follow, tokens pay only from their first cut on (both for `every=N`), and of the tokens
+    before the first cut only the B most valuable count, because no more survive it.
+    """
+
+    name: ClassVar[str] = "oracle"
+    looks_ahead: ClassVar[bool] = True
+
+    prices: int = parameter(16, "prices tried, spaced evenly in log from 0.01 to 40", "", 1)
+
+    def start(self, head: Head, cuts: Cuts) -> Foresight:
+        """Return the state: nothing known yet."""
+        return Foresight(head, cuts, self.prices)
+
+    def look_ahead(self, block: Block, cuts: Cuts, state: Foresight) -> None:
+        """Carry values and the dual sum one block towards the start."""
+        if len(cuts.rows):
+            state.snapshots[block.start] = state.values[:, : block.stop].copy()
+        last_cut = state.last_cut[block.start : block.stop]
+        state.free += _sweep(
+            block.received,
+            block.start,
+            state.prices,
+            np.isin(np.arange(block.start, block.stop), cuts.rows),
+            last_cut,
+            int(state.cuts.rows[0]),
+            state.values,
+            state.worth,
+            np.empty((len(state.prices), 0, block.stop)),
+        )
+        measured = np.flatnonzero(last_cut >= 0)
+        if len(measured):
+            at = np.searchsorted(state.cuts.rows, last_cut[measured])
+            slots = np.minimum(state.cuts.limits[at], last_cut[measured, None] + 1)
+            shares = 1.0 / (block.start + measured + 1)
+            state.paid += np.outer((slots * shares[:, None]).sum(axis=0), state.prices)
+
+    def scores(self, block: Block, cuts: Cuts, state: Foresight) -> Doubles:
+        """Values [budget, cut, key] at the price that bounds each budget best."""
+        if not len(cuts.rows):
+            return np.empty((1, 0, block.stop))
+        chosen, of_budget = np.unique(state.duals().argmin(axis=1), return_inverse=True)
+        values = state.snapshots.pop(block.start)[chosen]
+        out = np.empty((len(chosen), len(cuts.rows), block.stop))
+        _sweep(
+            block.received,
+            block.start,
+            state.prices[chosen],
+            np.isin(np.arange(block.start, block.stop), cuts.rows),
+            state.last_cut[block.start : block.stop],
+            int(state.cuts.rows[0]),
+            values,
+            np.zeros(len(chosen)),
+            out,
+        )
+        return out[of_budget]
+
+    def bound(self, state: Foresight) -> Doubles:
+        """Most attention any policy can keep in this head, summed over rows and query heads."""
+        return state.free + state.duals().min(axis=1)
+
+
+class Foresight:
+    """What the oracle knows of one head.
+
+    Attributes
+    ----------
+    prices : float64 [price], of a slot at row i in units of 1/(i+1), summed over the group
+    values : float64 [price, token], after the rows seen so far (last first)
+    worth : float64 [price], values of tokens that joined after the first cut
+    paid : float64 [budget, price], slots at their prices
+    free : float, each query's attention to its own token
+    last_cut : int64 [token], the last cut before a row, -1 for rows that are not measured
+    snapshots : values at the end of each block, by its start
+    """
+
+    def __init__(self, head: Head, cuts: Cuts, prices: int) -> None:
+        self.cuts = cuts
+        grid = np.geomspace(LEAST_PRICE, HIGHEST_PRICE, prices) * head.group
+        self.prices = grid if len(cuts.rows) > 1 else np.zeros(1)
+        self.values = np.zeros((len(self.prices), head.tokens))
+        self.worth = np.zeros(len(self.prices))
+        self.paid = np.zeros((cuts.limits.shape[1], len(self.prices)))
+        self.free = 0.0
+        self.snapshots: dict[int, Doubles] = {}
+        rows = np.arange(head.tokens)
+        earlier = np.searchsorted(cuts.rows, rows) - 1
+        padded = np.append(cuts.rows, -1)
+        self.last_cut = np.where(head.has_query, padded[earlier], -1)
+
+    def duals(self) -> Doubles:
+        """Bounds [budget, price] on the attention kept to other tokens than a query's own."""
+        first_cut = int(self.cuts.rows[0])
+        values = np.sort(self.values[:, : first_cut + 1], axis=1)[:, ::-1]
+        best = np.concatenate([np.zeros((len(values), 1)), values.cumsum(axis=1)], axis=1)
+        kept = np.minimum(self.cuts.limits[0], first_cut + 1)
+        bounds: Doubles = self.worth + self.paid + best[:, kept].T
+        return bounds
+
+
+@jit
+def _sweep(
+    received: Doubles,
+    start: int,
+    prices: Doubles,
+    is_cut: NDArray[np.bool_],
+    last_cut: Longs,
+    first_cut: int,
+    values: Doubles,
+    worth: Doubles,
+    out: Doubles,
+) -> float:
+    """Carry `values` [price, key] from a block's last row to its first.
+
+    `out` [price, cut, key] gets the values at each cut unless it has no cuts; to `worth` [price]
+    is added what tokens are worth when they join. Returns the own-token attention.
+    """
+    free = 0.0
+    c = out.shape[1]
+    for r in range(received.shape[0] - 1, -1, -1):
+        row = start + r
+        if is_cut[r]:
+            c -= 1
+            for k in range(prices.shape[0]):
+                for j in range(row + 1):
+                    values[k, j] = max(values[k, j], 0.0)
+                if out.shape[1]:
+                    out[k, c] = 0.0
+                    out[k, c, : row + 1] = values[k, : row + 1]
+        if last_cut[r] >= 0:
+            free += received[r, row]
+            for k in range(prices.shape[0]):
+                price = prices[k] / (row + 1)
+                for j in range(last_cut[r] + 1):
+                    values[k, j] += received[r, j] - price
+                for j in range(last_cut[r] + 1, row):
+                    values[k, j] += received[r, j]
+        if row > first_cut:
+            for k in range(prices.shape[0]):
+                worth[k] += values[k, row]
+    return free

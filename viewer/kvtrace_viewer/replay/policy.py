@@ -1,0 +1,117 @@
+"""What a policy is: a dataclass with one scoring method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.amounts import Amount, Budget, amount_field
+from kvtrace_viewer.replay.block import Block, Head
+from kvtrace_viewer.replay.cache import Cache, Cuts, present
+from kvtrace_viewer.replay.when import When
+
+NONE = Amount(0, None, "0")
+
+
+def parameter(default: Any, text: str, unit: str = "", least: float | None = None) -> Any:
+    """Declare a policy's parameter: its default, what it does, its unit, its least value."""
+    return field(default=default, metadata={"help": text, "unit": unit, "least": least})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Which tokens a KV cache drops when it is full.
+
+    A policy is one file with one dataclass derived from this one. Its first docstring line is
+    its idea and is shown to users; its fields, made with `parameter`, are what `--policy
+    name:key=value` takes. It is asked per layer and KV head, and most policies define only
+    `scores`. A policy keeps nothing in itself: what it must remember between blocks is the
+    state that `start` returns, one per head.
+
+    Where a budget is smaller than its protection, the first tokens are protected first, then
+    the last ones, up to the budget.
+    """
+
+    sinks: int = parameter(0, "first tokens that are never evicted", "tokens", 0)
+    recent: Amount = parameter(NONE, "last tokens that are never evicted", "tokens or % of budget")
+
+    name: ClassVar[str] = ""
+    signals: ClassVar[frozenset[str]] = frozenset({"q", "k"})
+    """What decides: of q, k, v. Empty: position alone, exact everywhere (E0)."""
+    default_when: ClassVar[str] = "step"
+    """When it decides in its paper."""
+    across_heads: ClassVar[bool] = False
+    """Whether it reads `Block.layer_mean`."""
+    looks_ahead: ClassVar[bool] = False
+    """Whether the engine must call `look_ahead` for every block, last first, before the replay."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "recent", amount_field(self.recent, "recent"))
+
+    def start(self, head: Head, cuts: Cuts) -> Any:
+        """Return the state of one head before its first block; None where nothing is kept."""
+        return None
+
+    def scores(self, block: Block, cuts: Cuts, state: Any) -> NDArray[np.float64]:
+        """Score every key at each decision of a block. Higher = kept.
+
+        Called for every block in order, also where `cuts` is empty, so that `state` can be
+        updated (in place).
+
+        Returns
+        -------
+        float64 [cut, key], key running to block.stop, or [budget, cut, key]
+            The scores after the row of each cut.
+        """
+        raise NotImplementedError
+
+    def decide(self, block: Block, cuts: Cuts, state: Any, cache: Cache) -> None:
+        """Make the decisions of a block; overridden by policies whose scores need the kept set."""
+        cache.cut(cuts, self.scores(block, cuts, state))
+
+    def look_ahead(self, block: Block, cuts: Cuts, state: Any) -> None:
+        """See a block before the replay; called from the last block to the first."""
+
+    def bound(self, block_state: Any) -> NDArray[np.float64] | None:
+        """Upper bound [budget] on the attention any policy keeps in this head; None: unknown."""
+        return None
+
+    def limits(self, budget: Budget, rows: NDArray[np.int64], head: Head) -> NDArray[np.int64]:
+        """Tokens held after a decision at each row, in this head.
+
+        Policies that share a budget unevenly over layers or heads override this.
+        """
+        return budget.limits(present(rows, head.window))
+
+    def cuts(self, when: When, budgets: list[Budget], head: Head) -> Cuts:
+        """All decisions over a request, with protection clipped to the budget."""
+        rows = when.cuts(head.tokens, head.prompt_tokens)
+        limits = np.stack([self.limits(b, rows, head) for b in budgets], axis=1)
+        sinks = np.minimum(self.sinks, limits)
+        recent = np.minimum(self.recent.of(limits), limits - sinks)
+        return Cuts(rows, limits, sinks, recent)
+
+    def exactness(self, when: When) -> str:
+        """E0, E1 or E2: how far a replay equals a real run (docs/policies.md)."""
+        if not self.signals:
+            return "E0"
+        return "E1" if when.kind == "prefill" else "E2"
+
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter, defaults too, as plain values."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: str(v) if isinstance(v, Amount) else v for k, v in values.items()}
+
+    @property
+    def spec(self) -> str:
+        """The policy as `name:key=value,...`, defaults left out."""
+        defaults = type(self)().parameters()
+        given = [f"{k}={_text(v)}" for k, v in self.parameters().items() if v != defaults[k]]
+        return self.name + (":" + ",".join(given) if given else "")
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

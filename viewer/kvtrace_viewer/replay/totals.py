@@ -1,0 +1,130 @@
+"""Sums over heads, layers and requests: what a result is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace_viewer.replay.cache import left_window
+from kvtrace_viewer.replay.kernels import NEVER
+from kvtrace_viewer.replay.measure import MASS_BINS, HeadMeasures
+
+Doubles = NDArray[np.float64]
+Longs = NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class HeadTotals:
+    """Totals [pair] over the measured rows and query heads of one KV head; they add up.
+
+    `histogram` [pair, bin] counts masses in bins of 1 / MASS_BINS; `worst` is infinite and
+    `bound` NaN where there is none.
+    """
+
+    rows: Longs
+    mass: Doubles
+    worst: Doubles
+    histogram: NDArray[np.int64]
+    hits: Longs
+    misses: Longs
+    evictions: Longs
+    sinks: int
+    retained_sinks: Longs
+    error: Doubles
+    error_rows: Longs
+    ties: Longs
+    bound: Doubles
+
+    def __iadd__(self, other: HeadTotals) -> HeadTotals:
+        for name in self.__dataclass_fields__:
+            if name != "worst":
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.worst = np.minimum(self.worst, other.worst)
+        return self
+
+    def p5(self, pair: int) -> float | None:
+        """5th percentile of mass, to 1e-4; None where no row was measured."""
+        counts = self.histogram[pair].cumsum()
+        if not counts[-1]:
+            return None
+        target = 0.05 * counts[-1]
+        at = int(np.searchsorted(counts, target))
+        below = counts[at - 1] if at else 0
+        return float((at + (target - below) / (counts[at] - below)) / MASS_BINS)
+
+
+@dataclass(eq=False)
+class StepTotals:
+    """Totals [pair, row] of one request over its layers and heads.
+
+    `masses` counts the query heads that `mass` sums; rows that are not measured have 0.
+    """
+
+    masses: Longs
+    mass: Doubles
+    worst: Doubles
+    hits: Longs
+    misses: Longs
+    evictions: Longs
+    held: Longs
+
+    @classmethod
+    def zeros(cls, pairs: int, tokens: int) -> StepTotals:
+        """Nothing counted yet."""
+        longs = (np.zeros((pairs, tokens), dtype=np.int64) for _ in range(5))
+        masses, hits, misses, evictions, held = longs
+        mass = np.zeros((pairs, tokens))
+        return cls(masses, mass, np.full((pairs, tokens), np.inf), hits, misses, evictions, held)
+
+
+def summarise(
+    measures: HeadMeasures,
+    evicted_at: NDArray[np.int32],
+    ties: Longs,
+    bound: Doubles,
+    steps: StepTotals,
+) -> HeadTotals:
+    """Total one head, and add its rows to `steps`."""
+    head = measures.head
+    pairs = evicted_at.shape[1]
+    mass = measures.mass.astype(np.float64)
+    measured = np.isfinite(mass)
+    filled = np.where(measured, mass, 0.0)
+    lowest = np.where(measured, mass, np.inf).min(axis=1, initial=np.inf)
+    steps.masses += measured.sum(axis=1)
+    steps.mass += filled.sum(axis=1)
+    steps.worst[:] = np.minimum(steps.worst, lowest)
+    steps.hits += measures.hits
+    steps.misses += measures.misses
+    by_model = left_window(head.tokens, head.window)[:, None]
+    evicted = (evicted_at != by_model) & (evicted_at != NEVER)
+    for p in range(pairs):
+        steps.evictions[p] += _per_row(evicted_at[evicted[:, p], p], head.tokens)
+        gone = _per_row(evicted_at[evicted_at[:, p] != NEVER, p], head.tokens)
+        steps.held[p] += np.arange(1, head.tokens + 1) - gone.cumsum()
+    bins = np.minimum((filled * MASS_BINS).astype(np.int64), MASS_BINS - 1)
+    histogram = np.stack(
+        [np.bincount(bins[p][measured[p]], minlength=MASS_BINS) for p in range(pairs)]
+    )
+    sinks = measures.sinks()
+    return HeadTotals(
+        rows=measured[:, 0].sum(axis=1),
+        mass=filled.sum(axis=(1, 2)),
+        worst=lowest.min(axis=1, initial=np.inf),
+        histogram=histogram,
+        hits=measures.hits.sum(axis=1),
+        misses=measures.misses.sum(axis=1),
+        evictions=evicted.sum(axis=0),
+        sinks=int(sinks.sum()),
+        retained_sinks=np.einsum("gj,jp->p", sinks.astype(np.int64), evicted_at == NEVER),
+        error=measures.error,
+        error_rows=measures.error_rows,
+        ties=ties,
+        bound=bound,
+    )
+
+
+def _per_row(rows: NDArray[np.int32], tokens: int) -> Longs:
+    return np.bincount(rows, minlength=tokens)
