@@ -1,0 +1,89 @@
+"""Record any program that runs a transformers model: kvtrace record -- script.py ARGS.
+
+The program runs as if it had been started directly; every transformers model it runs is recorded
+from its first forward pass on. What follows `--`:
+
+  SCRIPT.py ARGS     a script, run in this process
+  -m MODULE ARGS     a module, likewise
+  COMMAND ARGS       anything else that starts this Python, run as a child process
+
+Example: kvtrace record --out run.kvtrace -- generate.py --prompt "Once upon a time"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import kvtrace
+from kvtrace.console import human_bytes
+from kvtrace.errors import TraceError
+from kvtrace_recorder.child import run_command
+from kvtrace_recorder.commands.options import add_recording_options, refuse_existing
+from kvtrace_recorder.launch import parse_program, run_program
+from kvtrace_recorder.session.recording import record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_recording_options(parser, out="default: traces/NAME-TIME.kvtrace")
+    parser.add_argument(
+        "--on-full",
+        choices=("wait", "drop"),
+        default="wait",
+        help="while the disk is slower than the model: wait, or drop steps (default: wait)",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="let an error in the recorder reach the program"
+    )
+    parser.add_argument(
+        "program",
+        nargs=argparse.REMAINDER,
+        metavar="-- PROGRAM",
+        help="SCRIPT.py ARGS, -m MODULE ARGS, or COMMAND ARGS",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the program and record it; its exit status."""
+    words = args.program[1:] if args.program[:1] == ["--"] else args.program
+    program = parse_program(words)
+    name = program.name if program is not None else Path(words[0]).stem
+    out = Path(args.out or f"traces/{name}-{time.strftime('%Y%m%d-%H%M%S')}.kvtrace")
+    options: dict[str, Any] = {
+        "detail": args.detail,
+        "dtype": args.dtype,
+        "force": args.force,
+        "strict": args.strict,
+        "on_full": args.on_full,
+        "command": ["kvtrace", "record", "--", *words],
+    }
+    if program is None:
+        refuse_existing(out, force=args.force)
+        status = run_command(words, {"path": str(out), **options})
+    else:
+        recording = record(None, out, **options)
+        with recording:
+            outcome = run_program(program)
+            recording.complete = outcome.finished
+        status = outcome.status
+    print(summary(out), file=sys.stderr)
+    return status
+
+
+def summary(path: Path) -> str:
+    """What was recorded, and what to do with it next."""
+    try:
+        trace = kvtrace.open(path)
+    except TraceError:
+        return f"kvtrace: nothing was recorded: no transformers model ran ({path} was not made)"
+    if not trace.rows:
+        return f"kvtrace: nothing was recorded: no transformers model ran ({path} is empty)"
+    return (
+        f"kvtrace: {trace.rows:,} tokens of {len(trace.requests())} requests in {path}"
+        f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
+        f" kvtrace replay {path} --policy h2o --budget 25%; kvtrace view {path.parent}"
+    )

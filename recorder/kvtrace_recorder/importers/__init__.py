@@ -1,0 +1,1 @@
+"""Traces from outside data: one format a file."""

@@ -1,0 +1,1 @@
+"""A recording: what it knows of the model while it runs."""

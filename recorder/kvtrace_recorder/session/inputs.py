@@ -1,0 +1,65 @@
+"""What a model's forward pass was given, read without touching it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.cache_utils import Cache
+
+from kvtrace_recorder.session.models import ModelState
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The inputs of one step.
+
+    Attributes
+    ----------
+    token_ids : numpy.ndarray or None
+        [batch, length]; None where embeddings were given.
+    batch, length : int
+        Their shape.
+    mask : object
+        `attention_mask`, in whatever form.
+    cache : Cache or None
+        `past_key_values`.
+    past : int
+        Slots filled in the cache.
+    """
+
+    token_ids: NDArray[np.int64] | None
+    batch: int
+    length: int
+    mask: Any
+    cache: Cache | None
+    past: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether one token a row is added to a cache."""
+        return self.past > 0 and self.length == 1
+
+
+def read_inputs(
+    model: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> StepInputs | str:
+    """Read a call's inputs; where the model cannot be recorded, the reason."""
+    given = dict(zip(model.parameters, args, strict=False)) | kwargs
+    name = model.info.columns["architecture"]
+    if getattr(model.config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder, which is not recorded yet"
+    ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+    shaped = ids if ids is not None else embeddings
+    if not isinstance(shaped, torch.Tensor) or shaped.ndim < 2:
+        return f"{name} was given neither input_ids nor inputs_embeds of a batch"
+    cache = given.get("past_key_values")
+    if cache is not None and not isinstance(cache, Cache):
+        return f"{name} was given a cache of type {type(cache).__name__}"
+    token_ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
+    past = 0 if cache is None else int(cache.get_seq_length())
+    batch, length = shaped.shape[:2]
+    return StepInputs(token_ids, batch, length, given.get("attention_mask"), cache, past)

@@ -1,0 +1,290 @@
+"""`record`: the recorder as a context manager."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from kvtrace.errors import InputError, TraceError
+from kvtrace.writer import TraceWriter
+from kvtrace_recorder.imports import AfterImport
+from kvtrace_recorder.messages import Gap
+from kvtrace_recorder.pipeline import Pipeline
+from kvtrace_recorder.session.versions import library_versions
+from kvtrace_recorder.tokens.texts import TokenTexts
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.session import Session
+    from kvtrace_recorder.taps.patch import Patch
+
+#: Bytes that may wait for the writer.
+QUEUE_BYTES = 256 << 20
+
+_lock = threading.Lock()
+_active: Recording | None = None
+
+
+def record(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    detail: str = "qkv",
+    dtype: str = "float16",
+    tokenizer: Any = None,
+    force: bool = False,
+    strict: bool = False,
+    on_full: str = "drop",
+    queue_bytes: int = QUEUE_BYTES,
+    progress: bool | None = None,
+    command: Sequence[str] | None = None,
+) -> Recording:
+    """Record what a model does with its KV cache while the `with` block runs.
+
+    Nothing is patched before the block is entered, and everything is put back when it is left,
+    however it is left. The model's outputs stay bit-identical.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or None
+        A transformers model, or a module that contains one. None: every transformers model that
+        runs in this process while the block does, from its first forward pass on.
+    path : path-like
+        The trace directory to make, usually `NAME.kvtrace`.
+    detail : {"qkv", "qk", "events"}
+        Queries, keys and values; without values; or tokens, steps and cache events only.
+    dtype : {"float16", "float32"}
+        Storage type of q, k and v.
+    tokenizer : transformers tokenizer, optional
+        Gives tokens their text; by default the model's own where it lies on this machine.
+    force : bool
+        Replace an existing trace at `path`.
+    strict : bool
+        Let an error inside the recorder reach the model. By default it is reported once, noted in
+        the trace, and the model goes on.
+    on_full : {"drop", "wait"}
+        What happens while the disk is slower than the model: drop whole steps (and the rest of
+        their requests), counted in table `gaps`, or let the model wait.
+    queue_bytes : int
+        Bytes of steps that may wait for the writer.
+    progress : bool, optional
+        A progress line on standard error; by default where that is a terminal.
+    command : sequence of str, optional
+        Kept in the trace as the command that made it; by default this process's.
+
+    Returns
+    -------
+    Recording
+        To be entered; see there for what it counts.
+
+    Raises
+    ------
+    TraceError
+        On entering, where `path` exists and may not be replaced, or another recording runs.
+    InputError
+        For an unknown detail, dtype or on_full, and for a model that is none of transformers'.
+    """
+    if on_full not in ("drop", "wait"):
+        raise InputError(f"on_full {on_full!r} is unknown; one of drop, wait was expected")
+    if model is not None:
+        _check_model(model)
+    return Recording(
+        model,
+        Path(path),
+        detail=detail,
+        dtype=dtype,
+        texts=TokenTexts(tokenizer),
+        force=force,
+        strict=strict,
+        on_full=on_full,
+        queue_bytes=queue_bytes,
+        progress=progress,
+        command=list(sys.argv if command is None else command),
+    )
+
+
+class Recording:
+    """A recording that can be entered once; made by `record`."""
+
+    def __init__(
+        self,
+        model: Any,
+        path: Path,
+        *,
+        detail: str,
+        dtype: str,
+        texts: TokenTexts,
+        force: bool,
+        strict: bool,
+        on_full: str,
+        queue_bytes: int,
+        progress: bool | None,
+        command: Sequence[str],
+    ) -> None:
+        self.path = path
+        #: Set to False inside the block where what ran did not reach its end.
+        self.complete = True
+        self._model = model
+        self._detail, self._dtype = detail, dtype
+        self._texts = texts
+        self._force, self._strict = force, strict
+        self._on_full, self._queue_bytes, self._progress = on_full, queue_bytes, progress
+        self._command = command
+        self._pipeline: Pipeline | None = None
+        self._session: Session | None = None
+        self._patches: list[Patch] = []
+        self._waiting: AfterImport | None = None
+
+    @property
+    def rows(self) -> int:
+        """Tokens recorded so far, over all requests."""
+        return self._opened.rows
+
+    @property
+    def steps(self) -> int:
+        """Forward passes seen so far."""
+        return self._opened.steps
+
+    @property
+    def requests(self) -> int:
+        """Requests recorded so far."""
+        return self._opened.requests
+
+    @property
+    def dropped_tokens(self) -> int:
+        """Tokens of steps that were dropped because the queue was full."""
+        return self._opened.dropped_tokens
+
+    @property
+    def gaps(self) -> dict[str, int]:
+        """What the trace does not hold: how much, by reason."""
+        return self._opened.gap_reasons
+
+    def __enter__(self) -> Self:
+        global _active
+        with _lock:
+            if _active is not None:
+                raise TraceError(
+                    f"a recording into {_active.path} is running in this process; one at a time"
+                    " was expected; leave its `with` block first"
+                )
+            if self._pipeline is not None:
+                raise TraceError(
+                    f"the recording into {self.path} was entered before; a new one was expected;"
+                    " call record() again"
+                )
+            _active = self
+        try:
+            self._start()
+        except BaseException:
+            _active = None
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        global _active
+        try:
+            self._remove_taps()
+            if self._session is not None:
+                self._session.finish()
+        finally:
+            _active = None
+            self._opened.close(complete=error is None and self.complete)
+        self._report(raising=error is None)
+
+    @property
+    def _opened(self) -> Pipeline:
+        if self._pipeline is None:
+            raise TraceError(
+                f"the recording into {self.path} has not begun; a running one was expected;"
+                " enter it with `with`"
+            )
+        return self._pipeline
+
+    def _start(self) -> None:
+        writer = TraceWriter(
+            self.path,
+            command=self._command,
+            detail=self._detail,
+            dtype=self._dtype,
+            force=self._force,
+            versions=library_versions(),
+        )
+        self._pipeline = Pipeline(
+            writer,
+            self._texts,
+            queue_bytes=self._queue_bytes,
+            on_full=self._on_full,
+            progress=self._progress,
+        )
+        try:
+            # The cache classes are imported before the models', so this is late enough.
+            self._waiting = AfterImport("transformers.modeling_utils", self._install_taps)
+            self._waiting.install()
+        except BaseException:
+            self._remove_taps()
+            self._pipeline.close(complete=False)
+            raise
+
+    def _install_taps(self) -> None:
+        try:
+            from kvtrace_recorder import taps
+            from kvtrace_recorder.session.session import Session
+
+            self._session = Session(
+                self._model,
+                self._opened,
+                detail=self._detail,
+                dtype=self._dtype,
+                strict=self._strict,
+            )
+            for patch in taps.patches(self._session):
+                self._patches.append(patch)
+                patch.apply()
+        except Exception as error:
+            # Where this runs inside the user's import of transformers, that must still succeed.
+            self._remove_taps()
+            if self._strict or self._model is not None:
+                raise
+            reason = f"the taps could not be installed: {type(error).__name__}: {error}"
+            print(f"kvtrace: {reason}", file=sys.stderr)
+            self._opened.put(Gap("taps", 1, reason))
+
+    def _remove_taps(self) -> None:
+        if self._waiting is not None:
+            self._waiting.remove()
+        for patch in reversed(self._patches):
+            patch.restore()
+        self._patches = []
+
+    def _report(self, *, raising: bool) -> None:
+        pipeline = self._opened
+        if pipeline.failure is not None:
+            message = f"writing {self.path} failed: {pipeline.failure}; what came before is kept"
+            if self._strict and raising:
+                raise TraceError(message) from pipeline.failure
+            print(f"kvtrace: {message}", file=sys.stderr)
+        for reason, count in pipeline.gap_reasons.items():
+            print(f"kvtrace: not recorded ({count:,}): {reason}", file=sys.stderr)
+
+
+def _check_model(model: Any) -> None:
+    modules = getattr(model, "modules", None)
+    if callable(modules):
+        from transformers.modeling_utils import PreTrainedModel
+
+        if any(isinstance(module, PreTrainedModel) for module in modules()):
+            return
+    raise InputError(
+        f"a {type(model).__name__} was given; a transformers model was expected, or a module that"
+        " contains one; load it with AutoModelForCausalLM.from_pretrained"
+    )

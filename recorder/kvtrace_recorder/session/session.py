@@ -1,0 +1,237 @@
+"""The state of a recording while it runs: from the taps' calls to messages for the writer."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache
+
+from kvtrace.layout import DETAIL_ARRAYS
+from kvtrace_recorder.messages import Gap, Sequenced, StepRecord
+from kvtrace_recorder.pipeline import Pipeline
+from kvtrace_recorder.session.cache_sizes import cache_events
+from kvtrace_recorder.session.inputs import StepInputs, read_inputs
+from kvtrace_recorder.session.models import ModelState
+from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
+from kvtrace_recorder.session.step import ActiveStep
+from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
+from kvtrace_recorder.taps.masks import token_mask
+from kvtrace_recorder.taps.operands import parse_call, take_rows
+
+
+class Session:
+    """Shared by the taps of one recording.
+
+    Parameters
+    ----------
+    model : torch.nn.Module or None
+        Only this model and what it contains; None: any transformers model that runs.
+    pipeline : Pipeline
+        Takes the steps.
+    detail, dtype : str
+        What is kept, and its storage type.
+    strict : bool
+        Let the taps' errors through.
+    """
+
+    def __init__(
+        self, model: Any, pipeline: Pipeline, *, detail: str, dtype: str, strict: bool
+    ) -> None:
+        self.guard = TapGuard(strict=strict, report=self._report)
+        self.pid = os.getpid()
+        self._wanted = None if model is None else {id(module) for module in model.modules()}
+        self._pipeline = pipeline
+        self._kinds = DETAIL_ARRAYS[detail]
+        self._dtype = dtype
+        self._local = threading.local()
+        self._models: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
+        self._keys = itertools.count()
+        self._book = RequestBook()
+        self._noted: set[str] = set()
+
+    @property
+    def current(self) -> ActiveStep | None:
+        """The step that runs in this thread."""
+        found: ActiveStep | None = getattr(self._local, "step", None)
+        return found
+
+    @current.setter
+    def current(self, step: ActiveStep | None) -> None:
+        self._local.step = step
+
+    def wants(self, module: Any) -> bool:
+        """Whether a call of this model begins a step."""
+        return self._wanted is None or id(module) in self._wanted
+
+    def begin(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ActiveStep | None:
+        """A model is about to run; None where it is none that can be recorded."""
+        self._send_ended()
+        model = self._model(module)
+        inputs = read_inputs(model, args, kwargs)
+        if isinstance(inputs, str):
+            self._note_once(inputs)
+            return None
+        entry = self._book.entry_for(inputs.cache, inputs.past, inputs.batch)
+        try:
+            real = token_mask(inputs.mask, inputs.past, inputs.batch, inputs.length)
+        except UnrecordableError as error:
+            entry.lost = entry.lost or str(error)
+            real = np.ones((inputs.batch, inputs.length), bool)
+        if inputs.is_decode:
+            real &= ~_fillers(model, entry, inputs)
+        return self._step(model, inputs, entry, real)
+
+    def attention(self, step: ActiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """An attention layer has run."""
+        if step.record.fault is not None:
+            return
+        try:
+            take_rows(step, parse_call(args, kwargs), self._kinds, self._dtype)
+        except UnrecordableError as error:
+            step.record.fault = str(error)
+
+    def end(self, step: ActiveStep, output: Any, elapsed_ns: int) -> None:
+        """The model has returned."""
+        record, entry = step.record, step.entry
+        record.duration_ns = max(0, elapsed_ns - step.tap_ns)
+        cache = step.cache if step.cache is not None else _find_cache(output)
+        if record.fault is None:
+            record.fault = self._missing_layers(step)
+        if cache is not None:
+            self._book.bind(cache, entry)
+            record.events += self.guard.run("cache", cache_events, cache, entry) or []
+        self._submit(step)
+        entry.slots = step.past + step.length
+        entry.steps += 1
+        if cache is None:
+            self._book.drop(entry)
+
+    def abandon(self, step: ActiveStep) -> None:
+        """The model has raised."""
+        step.record.fault = step.record.fault or "the forward pass raised"
+        self._submit(step)
+
+    def cache_changed(
+        self, cache: Any, change: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Slots of a cache were dropped or moved."""
+        entry = self._book.find(cache)
+        value = args[0] if args else next(iter(kwargs.values()), None)
+        if entry is None or entry.lost is not None or _is_identity(change, value):
+            return
+        entry.lost = f"the cache was changed between steps ({change}); what follows is not recorded"
+
+    def finish(self) -> None:
+        """Send what is left; the taps are gone."""
+        self._send_ended()
+
+    def _step(
+        self, model: ModelState, inputs: StepInputs, entry: CacheEntry, real: Bools
+    ) -> ActiveStep:
+        entry.real = np.concatenate([entry.real[:, : inputs.past], real], axis=1)
+        counts = real.sum(axis=1)
+        record = StepRecord(
+            model=model.info,
+            phase="decode" if inputs.is_decode else "prefill",
+            batch_size=inputs.batch,
+            num_tokens=int(counts.sum()),
+            started_ns=time.time_ns(),
+            sequences=[
+                Sequenced(state.request, row, state.tokens, int(count), state.tokens == 0)
+                for row, (state, count) in enumerate(zip(entry.requests, counts, strict=False))
+                if count
+            ],
+            token_ids=None if inputs.token_ids is None else inputs.token_ids[real],
+            fault=entry.lost or self.guard.silent.get("attention"),
+        )
+        keep = None if real.all() else torch.as_tensor(np.flatnonzero(real))
+        return ActiveStep(
+            model, record, inputs.batch, inputs.length, inputs.past, inputs.cache, entry, real, keep
+        )
+
+    def _submit(self, step: ActiveStep) -> None:
+        record, entry = step.record, step.entry
+        if record.fault is not None:
+            entry.lost = record.fault
+            self._pipeline.submit(record.without_rows(record.fault))
+            return
+        entry.lost = self._pipeline.submit(record)
+        if entry.lost is not None:
+            return
+        start = 0
+        for sequence in record.sequences:
+            state = entry.requests[sequence.batch_index]
+            state.tokens += sequence.count
+            start += sequence.count
+            state.last_token = (
+                None if record.token_ids is None else int(record.token_ids[start - 1])
+            )
+
+    def _missing_layers(self, step: ActiveStep) -> str | None:
+        found = frozenset(step.record.layers)
+        if step.model.expected is None:
+            silent = self.guard.silent.get("attention")
+            if silent is not None:
+                return silent
+            step.model.expected = found
+            if not found:
+                name = step.model.info.columns["architecture"]
+                self._note_once(f"q, k and v of {name}: no attention call passed the tap")
+        missing = step.model.expected - found
+        if not missing:
+            return None
+        return self.guard.silent.get("attention") or f"layers {sorted(missing)} did not attend"
+
+    def _model(self, module: Any) -> ModelState:
+        found = self._models.get(module)
+        if found is None:
+            found = self._models[module] = ModelState(next(self._keys), module)
+        return found
+
+    def _report(self, tap: str, reason: str) -> None:
+        self._pipeline.put(Gap(f"{tap} tap", 1, reason))
+
+    def _note_once(self, reason: str) -> None:
+        if reason not in self._noted:
+            self._noted.add(reason)
+            self._pipeline.put(Gap("model calls", 1, reason))
+
+    def _send_ended(self) -> None:
+        while self._book.ended:
+            self._pipeline.put(self._book.ended.popleft())
+
+
+def _fillers(model: ModelState, entry: CacheEntry, inputs: StepInputs) -> Bools:
+    """[batch, 1]: rows of a batch that have ended and are fed padding until the others end."""
+    ends, fills = model.end_tokens
+    found = np.zeros((inputs.batch, 1), bool)
+    if inputs.token_ids is None or inputs.batch == 1:
+        return found
+    for row, state in enumerate(entry.requests[: inputs.batch]):
+        found[row] = state.last_token in ends and int(inputs.token_ids[row, 0]) in fills
+    return found
+
+
+def _find_cache(output: Any) -> Any:
+    """The cache that a model made for itself, from what it returned."""
+    found = getattr(output, "past_key_values", None)
+    if found is None and isinstance(output, tuple):
+        found = next((part for part in output if isinstance(part, Cache)), None)
+    return found if isinstance(found, Cache) else None
+
+
+def _is_identity(change: str, value: Any) -> bool:
+    if change == "crop":
+        return bool(value == 0)
+    if isinstance(value, torch.Tensor):
+        return bool(torch.equal(value.cpu(), torch.arange(len(value))))
+    return bool(value == 1)

@@ -1,0 +1,21 @@
+"""Taps on a running model: one tap a file, listed here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.session import Session
+    from kvtrace_recorder.taps.patch import Patch
+
+
+def patches(session: Session) -> list[Patch]:
+    """The patches of all taps, in the order to apply them."""
+    # Imported here: the taps need transformers, and nothing is imported before the user does.
+    from kvtrace_recorder.taps import attention, cache, model_forward
+
+    return [
+        *attention.patches(session),
+        *cache.patches(session),
+        *model_forward.patches(session),
+    ]

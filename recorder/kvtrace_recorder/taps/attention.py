@@ -1,0 +1,47 @@
+"""What every attention call was given: the operands of `AttentionInterface`'s functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.modeling_utils import AttentionInterface
+
+from kvtrace_recorder.session.session import Session
+from kvtrace_recorder.taps.patch import Patch
+
+NAME = "attention"
+
+
+def patches(session: Session) -> list[Patch]:
+    """The patch of this tap: the look-up of the attention function, at class level.
+
+    Registering an attention function of our own would change how masks are made, and so the
+    kernel that runs.
+    """
+
+    def make(original: Any) -> Any:
+        def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
+            function = original(self, *args, **kwargs)
+            if torch.compiler.is_compiling() or session.current is None:
+                return function
+            return _observed(session, function)
+
+        return get_interface
+
+    return [Patch(AttentionInterface, "get_interface", make)]
+
+
+def _observed(session: Session, function: Callable[..., Any]) -> Callable[..., Any]:
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        output = function(*args, **kwargs)
+        step = session.current
+        if step is not None:
+            started = time.perf_counter_ns()
+            session.guard.run(NAME, session.attention, step, args, kwargs)
+            step.tap_ns += time.perf_counter_ns() - started
+        return output
+
+    return attention

@@ -1,0 +1,38 @@
+"""What happens to the KV cache between the steps: crops and reorderings."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from kvtrace_recorder.session.session import Session
+from kvtrace_recorder.taps.patch import Patch
+
+NAME = "cache"
+#: Methods that change what the slots of a cache hold, and what to call that.
+CHANGES = {
+    "crop": "crop",
+    "reorder_cache": "reorder",
+    "batch_repeat_interleave": "reorder",
+    "batch_select_indices": "reorder",
+}
+
+
+def patches(session: Session) -> list[Patch]:
+    """The patches of this tap: the methods of `Cache` that change its slots."""
+    return [Patch(Cache, name, _maker(session, name)) for name in CHANGES]
+
+
+def _maker(session: Session, name: str) -> Any:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            session.guard.run(NAME, session.cache_changed, self, CHANGES[name], args, kwargs)
+            return result
+
+        return changed
+
+    return make

@@ -1,0 +1,151 @@
+"""Padding from a model's mask, and whether the mask says what the trace will say."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvtrace.writer import LayerSpec
+from kvtrace_recorder.taps.guard import UnrecordableError
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.step import ActiveStep
+    from kvtrace_recorder.taps.operands import Call
+
+Bools = NDArray[np.bool_]
+#: A decode step's mask is looked at once in so many steps.
+CHECK_EVERY = 64
+
+
+def token_mask(mask: Any, past: int, batch: int, length: int) -> Bools:
+    """Which tokens of a step are tokens rather than padding.
+
+    Parameters
+    ----------
+    mask : torch.Tensor, dict or None
+        `attention_mask` as the model was given it: [batch, tokens] of 0 and 1, or what `generate`
+        made of that for a static cache, [batch, 1, query, key], or a dict of those.
+    past : int
+        Slots filled before the step.
+    batch, length : int
+        Shape of the step.
+
+    Returns
+    -------
+    numpy.ndarray
+        [batch, length] of bool.
+
+    Raises
+    ------
+    UnrecordableError
+        For a mask of another kind.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is None:
+        return np.ones((batch, length), bool)
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
+        raise UnrecordableError(f"the attention mask is a {type(mask).__name__} of unknown form")
+    # Of four axes: the last query sees every token up to itself, and no padding.
+    seen = _seen(mask[:, 0, -1]) if mask.ndim == 4 else (mask != 0).cpu().numpy()
+    columns = seen[:, past : past + length] if seen.shape[1] >= past + length else seen
+    if columns.shape[1] != length:
+        raise UnrecordableError(
+            f"the attention mask covers {seen.shape[1]} of {past + length} tokens"
+        )
+    return np.broadcast_to(columns, (batch, length)).copy()
+
+
+def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> None:
+    """Compare a few rows of the mask with what a reader of the trace will assume.
+
+    Parameters
+    ----------
+    step : ActiveStep
+        The running step.
+    call : Call
+        The attention call.
+    spec : LayerSpec
+        The layer.
+    offset : int
+        Slot of the first key.
+
+    Raises
+    ------
+    UnrecordableError
+        Where the mask adds a bias, or hides or shows other keys (packed sequences, prefixes seen
+        in both directions, trees).
+    """
+    mask = call.mask
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        _check_no_mask(step, call, spec)
+        return
+    if step.past and step.length == 1 and step.entry.steps % CHECK_EVERY != 1:
+        return
+    seen_before = (id(mask), spec.attention_kind, spec.sliding_window)
+    if seen_before in step.checked:
+        return
+    step.checked.add(seen_before)
+    slots = offset + np.arange(mask.shape[3])
+    for row in range(step.batch):
+        queries = _sample(step.real[row])
+        if not len(queries):
+            continue
+        shown = mask[row if mask.shape[0] > 1 else 0, 0, torch.as_tensor(queries).to(mask.device)]
+        expected = _expected(step, row, step.past + queries, slots, spec)
+        if not np.array_equal(_seen(shown), expected):
+            raise UnrecordableError(
+                f"the mask of layer {spec.layer} is not that of {spec.attention_kind} attention"
+                " over one sequence"
+            )
+
+
+def _check_no_mask(step: ActiveStep, call: Call, spec: LayerSpec) -> None:
+    kernel = str(getattr(step.model.config, "_attn_implementation", ""))
+    if spec.sliding_window is None or not kernel.startswith(("sdpa", "eager")):
+        return
+    if call.mask is None and step.length > 1 and call.k.shape[2] > spec.sliding_window:
+        raise UnrecordableError(
+            f"layer {spec.layer} names a window of {spec.sliding_window} and did not apply it"
+        )
+
+
+def _sample(real: Bools) -> NDArray[np.int64]:
+    """The first, a middle and the last token of a row of the step."""
+    tokens = np.flatnonzero(real)
+    return np.unique(tokens[[0, len(tokens) // 2, -1]]) if len(tokens) else tokens
+
+
+def _expected(
+    step: ActiveStep,
+    row: int,
+    queries: NDArray[np.int64],
+    slots: NDArray[np.int64],
+    spec: LayerSpec,
+) -> Bools:
+    held = step.entry.real.shape[1]
+    real = np.zeros(len(slots), bool)
+    inside = slots < held
+    real[inside] = step.entry.real[row, slots[inside]]
+    if spec.attention_kind == "bidirectional":
+        return np.broadcast_to(real, (len(queries), len(slots)))
+    distance = queries[:, None] - slots[None, :]
+    seen = (distance >= 0) & real
+    if spec.sliding_window is not None:
+        seen &= distance < spec.sliding_window
+    return np.asarray(seen)
+
+
+def _seen(mask: torch.Tensor) -> Bools:
+    """Visible keys of a mask, which is bool or is added to the scores."""
+    if mask.dtype == torch.bool:
+        return np.asarray(mask.cpu().numpy())
+    values = mask.detach().float().cpu().numpy()
+    # Hidden is the type's lowest number, or more where two masks were added.
+    seen = values > np.finfo(np.float32).min / 2 if mask.dtype != torch.float16 else values > -3e4
+    if (values[seen] != 0).any():
+        raise UnrecordableError("the mask adds a bias to the scores")
+    return np.asarray(seen)

@@ -1,0 +1,59 @@
+"""Where a step begins and ends: the call of a model."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from typing import Any
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from kvtrace_recorder.session.session import Session
+from kvtrace_recorder.taps.patch import Patch
+
+NAME = "model forward"
+
+
+def patches(session: Session) -> list[Patch]:
+    """The patch of this tap: `__call__` of every transformers model.
+
+    At class level rather than by hooks on one model, so that a model nobody named is found at
+    its first call; hooks on all modules would put every linear layer on torch's slow call path.
+    """
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if (
+                torch.compiler.is_compiling()
+                or session.current is not None
+                or not session.wants(self)
+                or os.getpid() != session.pid
+            ):
+                return original(self, *args, **kwargs)
+            return _observed(session, original, self, args, kwargs)
+
+        return call
+
+    return [Patch(PreTrainedModel, "__call__", make)]
+
+
+def _observed(
+    session: Session, original: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    step = session.guard.run(NAME, session.begin, model, args, kwargs)
+    if step is None:
+        return original(model, *args, **kwargs)
+    session.current = step
+    started = time.perf_counter_ns()
+    try:
+        output = original(model, *args, **kwargs)
+    except BaseException:
+        session.current = None
+        session.guard.run(NAME, session.abandon, step)
+        raise
+    session.current = None
+    session.guard.run(NAME, session.end, step, output, time.perf_counter_ns() - started)
+    return output

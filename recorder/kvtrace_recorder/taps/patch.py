@@ -1,0 +1,43 @@
+"""Replacing an attribute of a class and putting it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_ABSENT = object()
+
+
+class Patch:
+    """One replaced class attribute.
+
+    Parameters
+    ----------
+    owner : type
+        The class.
+    name : str
+        The attribute; may be inherited, which restoring respects.
+    make : callable
+        Given what the class has now, returns what stands there while the patch is applied.
+    """
+
+    def __init__(self, owner: type, name: str, make: Callable[[Any], Any]) -> None:
+        self._owner, self._name, self._make = owner, name, make
+        self._original: Any = _ABSENT
+        self._applied = False
+
+    def apply(self) -> None:
+        """Replace the attribute."""
+        self._original = self._owner.__dict__.get(self._name, _ABSENT)
+        setattr(self._owner, self._name, self._make(getattr(self._owner, self._name)))
+        self._applied = True
+
+    def restore(self) -> None:
+        """Put back what was there; nothing when not applied."""
+        if not self._applied:
+            return
+        self._applied = False
+        if self._original is _ABSENT:
+            delattr(self._owner, self._name)
+        else:
+            setattr(self._owner, self._name, self._original)
