@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,8 +90,3 @@ def parse_budget(value: str | int | Budget) -> Budget:
             "write --budget 128 or --budget 25%"
         )
     return Budget(amount.tokens, amount.percent, amount.text)
-
-
-def amount_field(value: Any, name: str) -> Amount:
-    """Read a policy's parameter that may be tokens or a percentage of its budget."""
-    return parse_amount(value, name, f"{name}=32 or {name}=50%")

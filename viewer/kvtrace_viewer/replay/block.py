@@ -57,19 +57,19 @@ class Head:
     @property
     def tokens(self) -> int:
         """Tokens of the request."""
-        return self.k.shape[0]
+        return len(self.k)
 
     @property
     def group(self) -> int:
         """Query heads that read this KV head."""
-        return self.q.shape[1]
+        return int(self.q.shape[1])
 
     @cached_property
     def has_query(self) -> NDArray[np.bool_]:
         """[token]: False for rows whose query the trace does not hold; they are not measured."""
         if self.lse is None:
             return np.ones(self.tokens, dtype=np.bool_)
-        return np.isfinite(self.lse).all(axis=1)
+        return np.asarray(np.isfinite(self.lse).all(axis=1))
 
     def rows(self, start: int, stop: int, buffer: Floats) -> Floats:
         """Attention of queries start..stop-1: float32 [query head, row, key 0..stop-1].
@@ -152,12 +152,12 @@ class Block:
     @cached_property
     def received(self) -> NDArray[np.float64]:
         """[row, key]: attention summed over the group's query heads."""
-        return self.attention.sum(axis=0, dtype=np.float64)
+        return np.asarray(self.attention.sum(axis=0, dtype=np.float64))
 
     @cached_property
     def row_sums(self) -> NDArray[np.float64]:
         """[query head, row]: what a row's attention on keys sums to."""
-        return self.attention.sum(axis=2, dtype=np.float64)
+        return np.asarray(self.attention.sum(axis=2, dtype=np.float64))
 
     @cached_property
     def sink_share(self) -> NDArray[np.float64]:

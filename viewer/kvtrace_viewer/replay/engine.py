@@ -134,5 +134,7 @@ def replay_layer(
 
 def layer_mean(rows: list[Block]) -> NDArray[np.float64]:
     """Mean attention [row, key] over all query heads of a layer."""
-    total: NDArray[np.float64] = sum((b.received for b in rows), start=np.float64(0))  # type: ignore[assignment]
-    return total / sum(b.head.group for b in rows)
+    total = np.zeros(rows[0].attention.shape[1:])
+    for block in rows:
+        total += block.received
+    return np.asarray(total / sum(block.head.group for block in rows))

@@ -79,7 +79,7 @@ def add_back(attention: Floats, start: int, evicted_at: Ints, mass: Floats) -> N
 
     Added, never subtracted: taking evicted attention off the full row ruins small masses.
     """
-    group, rows, stop = attention.shape
+    group, _, stop = attention.shape
     for j in range(stop):
         for p in range(evicted_at.shape[1]):
             gone = evicted_at[j, p]
@@ -176,13 +176,26 @@ def cut_row(
     surplus = count - limit
     if surplus <= 0:
         return count, 0
-    low = np.searchsorted(mine[:count], sinks)
-    high = np.searchsorted(mine[:count], row + 1 - recent)
+    low = _first_from(mine, count, sinks)
+    high = _first_from(mine, count, row + 1 - recent)
     if surplus == 1:
         tie = _evict_one(mine, count, low, high, line, row, evicted_at)
     else:
         tie = _evict_many(mine, count, low, high, surplus, line, row, evicted_at, gathered)
     return count - surplus, tie
+
+
+@jit
+def _first_from(mine: Ints, count: int, position: int) -> int:
+    """Return the first slot at or after `position`."""
+    low, high = 0, count
+    while low < high:
+        middle = (low + high) // 2
+        if mine[middle] < position:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @jit

@@ -11,8 +11,8 @@ from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import left_window
 from kvtrace_viewer.replay.kernels import NEVER, add_back, add_far, count_hits, held_at_end
 
-MASS_BINS = 10_000
-"""Bins of the histogram that percentiles of mass are read from: good to 1e-4."""
+MASS_STEPS = 10_000
+"""Percentiles of mass are read from a histogram over multiples of 1/10,000: good to 5e-5."""
 
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.amounts import Amount, Budget, amount_field
+from kvtrace_viewer.replay.amounts import Amount, Budget, parse_amount
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cache, Cuts, present
 from kvtrace_viewer.replay.when import When
@@ -36,7 +36,9 @@ class Policy:
     """
 
     sinks: int = parameter(0, "first tokens that are never evicted", "tokens", 0)
-    recent: Amount = parameter(NONE, "last tokens that are never evicted", "tokens or % of budget")
+    recent: Amount = parameter(  # noqa: RUF009 (a dataclass field; an Amount never changes)
+        NONE, "last tokens that are never evicted", "tokens or % of budget"
+    )
 
     name: ClassVar[str] = ""
     signals: ClassVar[frozenset[str]] = frozenset({"q", "k"})
@@ -49,7 +51,8 @@ class Policy:
     """Whether the engine must call `look_ahead` for every block, last first, before the replay."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "recent", amount_field(self.recent, "recent"))
+        recent = parse_amount(self.recent, f"recent of {self.name}", "recent=32 or recent=50%")
+        object.__setattr__(self, "recent", recent)
 
     def start(self, head: Head, cuts: Cuts) -> Any:
         """Return the state of one head before its first block; None where nothing is kept."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.cache import left_window
 from kvtrace_viewer.replay.kernels import NEVER
-from kvtrace_viewer.replay.measure import MASS_BINS, HeadMeasures
+from kvtrace_viewer.replay.measure import MASS_STEPS, HeadMeasures
 
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]
@@ -19,11 +19,12 @@ Longs = NDArray[np.int64]
 class HeadTotals:
     """Totals [pair] over the measured rows and query heads of one KV head; they add up.
 
-    `histogram` [pair, bin] counts masses in bins of 1 / MASS_BINS; `worst` is infinite and
-    `bound` NaN where there is none.
+    `masses` counts the (query head, row) pairs that `mass` sums, `errors` those that `error`
+    sums, `error_rows` the rows among them. `histogram` [pair, step] counts masses by the
+    nearest multiple of 1 / MASS_STEPS; `worst` is infinite and `bound` NaN where there is none.
     """
 
-    rows: Longs
+    masses: Longs
     mass: Doubles
     worst: Doubles
     histogram: NDArray[np.int64]
@@ -33,26 +34,48 @@ class HeadTotals:
     sinks: int
     retained_sinks: Longs
     error: Doubles
+    errors: Longs
     error_rows: Longs
     ties: Longs
     bound: Doubles
 
-    def __iadd__(self, other: HeadTotals) -> HeadTotals:
+    @classmethod
+    def zeros(cls, pairs: int) -> HeadTotals:
+        """Nothing counted yet."""
+
+        def longs() -> Longs:
+            return np.zeros(pairs, dtype=np.int64)
+
+        return cls(
+            masses=longs(),
+            mass=np.zeros(pairs),
+            worst=np.full(pairs, np.inf),
+            histogram=np.zeros((pairs, MASS_STEPS + 1), dtype=np.int64),
+            hits=longs(),
+            misses=longs(),
+            evictions=longs(),
+            sinks=0,
+            retained_sinks=longs(),
+            error=np.zeros(pairs),
+            errors=longs(),
+            error_rows=longs(),
+            ties=longs(),
+            bound=np.zeros(pairs),
+        )
+
+    def add(self, other: HeadTotals) -> None:
+        """Add the totals of another head."""
         for name in self.__dataclass_fields__:
             if name != "worst":
                 setattr(self, name, getattr(self, name) + getattr(other, name))
         self.worst = np.minimum(self.worst, other.worst)
-        return self
 
     def p5(self, pair: int) -> float | None:
-        """5th percentile of mass, to 1e-4; None where no row was measured."""
+        """5th percentile of mass, to 5e-5; None where no row was measured."""
         counts = self.histogram[pair].cumsum()
         if not counts[-1]:
             return None
-        target = 0.05 * counts[-1]
-        at = int(np.searchsorted(counts, target))
-        below = counts[at - 1] if at else 0
-        return float((at + (target - below) / (counts[at] - below)) / MASS_BINS)
+        return int(np.searchsorted(counts, 0.05 * counts[-1])) / MASS_STEPS
 
 
 @dataclass(eq=False)
@@ -73,10 +96,19 @@ class StepTotals:
     @classmethod
     def zeros(cls, pairs: int, tokens: int) -> StepTotals:
         """Nothing counted yet."""
-        longs = (np.zeros((pairs, tokens), dtype=np.int64) for _ in range(5))
-        masses, hits, misses, evictions, held = longs
-        mass = np.zeros((pairs, tokens))
-        return cls(masses, mass, np.full((pairs, tokens), np.inf), hits, misses, evictions, held)
+
+        def longs() -> Longs:
+            return np.zeros((pairs, tokens), dtype=np.int64)
+
+        return cls(
+            masses=longs(),
+            mass=np.zeros((pairs, tokens)),
+            worst=np.full((pairs, tokens), np.inf),
+            hits=longs(),
+            misses=longs(),
+            evictions=longs(),
+            held=longs(),
+        )
 
 
 def summarise(
@@ -104,13 +136,13 @@ def summarise(
         steps.evictions[p] += _per_row(evicted_at[evicted[:, p], p], head.tokens)
         gone = _per_row(evicted_at[evicted_at[:, p] != NEVER, p], head.tokens)
         steps.held[p] += np.arange(1, head.tokens + 1) - gone.cumsum()
-    bins = np.minimum((filled * MASS_BINS).astype(np.int64), MASS_BINS - 1)
+    bins = np.minimum(np.rint(filled * MASS_STEPS).astype(np.int64), MASS_STEPS)
     histogram = np.stack(
-        [np.bincount(bins[p][measured[p]], minlength=MASS_BINS) for p in range(pairs)]
+        [np.bincount(bins[p][measured[p]], minlength=MASS_STEPS + 1) for p in range(pairs)]
     )
     sinks = measures.sinks()
     return HeadTotals(
-        rows=measured[:, 0].sum(axis=1),
+        masses=measured.sum(axis=(1, 2)),
         mass=filled.sum(axis=(1, 2)),
         worst=lowest.min(axis=1, initial=np.inf),
         histogram=histogram,
@@ -120,6 +152,7 @@ def summarise(
         sinks=int(sinks.sum()),
         retained_sinks=np.einsum("gj,jp->p", sinks.astype(np.int64), evicted_at == NEVER),
         error=measures.error,
+        errors=measures.error_rows * head.group,
         error_rows=measures.error_rows,
         ties=ties,
         bound=bound,

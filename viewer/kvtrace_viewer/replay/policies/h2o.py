@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.amounts import Amount, amount_field
+from kvtrace_viewer.replay.amounts import Amount, parse_amount
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cache, Cuts
 from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.kernels import cut_row
 from kvtrace_viewer.replay.policy import Policy, parameter
+
+HALF = parse_amount("50%", "recent", "recent=50%")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +30,8 @@ class H2O(Policy):
 
     name: ClassVar[str] = "h2o"
 
-    recent: Amount = parameter(
-        Amount(None, amount_field("50%", "recent").percent, "50%"),
-        "last tokens that are never evicted",
-        "tokens or % of budget",
+    recent: Amount = parameter(  # noqa: RUF009 (a dataclass field; an Amount never changes)
+        HALF, "last tokens that are never evicted", "tokens or % of budget"
     )
     renormalise: bool = parameter(
         True,
@@ -115,7 +115,7 @@ def _renormalised(
     ties: NDArray[np.int64],
 ) -> None:
     """Row by row: the row joins, its kept part is renormalised and added, then the cut."""
-    group, rows, stop = attention.shape
+    group, rows, _ = attention.shape
     gathered = np.empty(slots.shape[1], dtype=np.float64)
     for b in range(counts.shape[0]):
         count = counts[b]

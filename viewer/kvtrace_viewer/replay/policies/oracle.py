@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ class Oracle(Policy):
     name: ClassVar[str] = "oracle"
     looks_ahead: ClassVar[bool] = True
 
-    prices: int = parameter(16, "prices tried, spaced evenly in log from 0.01 to 40", "", 1)
+    prices: int = parameter(16, "prices tried, spaced evenly in log from 0.01 to 40", "prices", 1)
 
     def start(self, head: Head, cuts: Cuts) -> Foresight:
         """Return the state: nothing known yet."""
@@ -94,7 +94,8 @@ class Oracle(Policy):
 
     def bound(self, state: Foresight) -> Doubles:
         """Most attention any policy can keep in this head, summed over rows and query heads."""
-        return state.free + state.duals().min(axis=1)
+        least: Doubles = state.free + state.duals().min(axis=1)
+        return least
 
 
 class Foresight:

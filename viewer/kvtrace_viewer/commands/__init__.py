@@ -1,0 +1,1 @@
+"""Verbs that the viewer brings to the kvtrace command, one file each."""

@@ -1,0 +1,170 @@
+r"""Replay a trace through eviction policies at several budgets, in one pass.
+
+Every policy is asked at every budget. Each result (retained mass, hits, misses, what was evicted
+when) is kept under the trace's replays/ and shown by `kvtrace view`.
+
+Example: kvtrace replay traces/demo.kvtrace --policy h2o --policy streaming_llm:sinks=4 \
+             --policy oracle --budget 25% --budget 128 --when step
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+import kvtrace
+from kvtrace.console import console, progress
+from kvtrace.errors import InputError
+
+if TYPE_CHECKING:
+    from kvtrace_viewer.replay import Result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("trace", metavar="T", help="a .kvtrace directory")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        required=True,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="a policy and its parameters; may be given several times (list below)",
+    )
+    parser.add_argument(
+        "--budget",
+        action="append",
+        required=True,
+        metavar="N|P%",
+        help="tokens kept per KV head, or a percentage of those present; may be given several "
+        "times",
+    )
+    parser.add_argument(
+        "--when",
+        metavar="prefill|step|every=N|stream",
+        help="when to cut: once after the prompt; there and after every decoded token; after "
+        "every N decoded tokens; after every token (default: what the policy's paper does)",
+    )
+    parser.add_argument(
+        "--request",
+        action="append",
+        type=int,
+        metavar="N",
+        help="only this request; may be given several times (default: all)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument(
+        "--kept",
+        type=Path,
+        metavar="FILE",
+        help="write the positions kept after the last decision, by layer and KV head, as JSON",
+    )
+    parser.add_argument(
+        "--no-store", action="store_true", help="do not keep the results beside the trace"
+    )
+    parser.epilog = "policies:\n" + _policies()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Replay, keep, print."""
+    from kvtrace_viewer.replay import replay
+
+    trace = kvtrace.open(args.trace)
+    if args.kept and len(args.request or trace.requests()) > 1:
+        raise InputError(
+            f"--kept writes one request's sets; {len(args.request or trace.requests())} requests "
+            "would be replayed; add --request N"
+        )
+    with progress("replaying") as tell:
+        results = replay(
+            trace,
+            args.policy,
+            args.budget,
+            args.when,
+            args.request,
+            store=not args.no_store,
+            progress=tell,
+        )
+    if args.kept:
+        _write_kept(results, args.kept)
+    if args.json:
+        print(json.dumps([result.to_json() for result in results], indent=1))
+    else:
+        _show(results, args)
+    return 0
+
+
+def _policies() -> str:
+    from kvtrace_viewer.replay import POLICIES
+    from kvtrace_viewer.replay.spec import describe, idea
+
+    lines = []
+    for name, kind in POLICIES.items():
+        lines += [f"  {name:<16} {idea(kind)}", f"  {'':<16} takes {describe(kind)}"]
+    return "\n".join(lines)
+
+
+def _write_kept(results: list[Result], path: Path) -> None:
+    found = {
+        f"{result.policy}@{result.budget}": {
+            str(layer): {str(head): positions.tolist() for head, positions in heads.items()}
+            for layer, heads in result.kept().items()
+        }
+        for result in results
+    }
+    try:
+        path.write_text(json.dumps(found), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); --kept takes a file to write; "
+            "choose another place"
+        ) from error
+
+
+def _show(results: list[Result], args: argparse.Namespace) -> None:
+    out = console()
+    out.print(_table(results))
+    if len({result.when for result in results}) > 1:
+        out.print("rows with a different `when` are measured over different rows: compare within")
+    if any(result.retained_mass is None for result in results):
+        out.print("-: no row follows the first cut, so there is nothing to measure")
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        out.print(f"note: {note}", markup=False)
+    sampled = next((r for r in results if 0 < r.output_rows < r.measured_rows), None)
+    if sampled:
+        out.print(f"output error over {sampled.output_rows} of {sampled.measured_rows} rows")
+    if not args.no_store:
+        out.print(f"look at them side by side: kvtrace view {args.trace}", markup=False)
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table()
+    for name in ("policy", "budget", "when", "exactness"):
+        table.add_column(name)
+    bounded = any(result.bound is not None for result in results)
+    numbers = ("retained mass", "p5", "hits", "misses", "evictions", "sinks kept", "output error")
+    for name in (*numbers, *(["bound"] if bounded else [])):
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            r.policy,
+            r.budget,
+            r.when,
+            r.exactness,
+            _share(r.retained_mass),
+            _share(r.mass_p5),
+            f"{r.hits:,}",
+            f"{r.misses:,}",
+            f"{r.evictions:,}",
+            f"{r.retained_sinks}/{r.sinks}",
+            _share(r.output_error),
+            *([_share(r.bound)] if bounded else []),
+        )
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,155 @@
+"""What a replay says about one policy at one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace.errors import InputError
+
+Columns = Mapping[str, Any]
+"""Equally long columns of a table of schema.sql."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayedRequest:
+    """A request as it was replayed.
+
+    Attributes
+    ----------
+    rows : int64 [token]
+        The trace row of each position.
+    last_cut : int
+        Row of the last decision; the last row where there was none.
+    """
+
+    rows: NDArray[np.int64]
+    last_cut: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Result:
+    """One policy at one budget over the replayed requests.
+
+    Attributes
+    ----------
+    id : str
+        Name of its folder under the trace's `replays/`.
+    policy, budget, when : str
+        As the user wrote them (`when` filled in where left open).
+    parameters : dict
+        Every parameter of the policy, defaults too.
+    exactness : str
+        E0, E1 or E2 (docs/policies.md).
+    tokens, measured_rows : int
+        Tokens in the replayed requests; rows after the first cut, which are what is measured.
+    hits, misses : int
+        Needed (query, key) pairs, kept and evicted, over all query heads and layers.
+    evictions : int
+        (token, layer, KV head) slots the policy evicted; what the model's own sliding window
+        drops is not counted.
+    sinks, retained_sinks : int
+        (query head, key) sinks of the full cache, and those still held at the end.
+    retained_mass, mass_p5, mass_worst : float or None
+        Share of attention on kept keys: mean, 5th percentile (to 5e-5) and least over query
+        heads, layers and measured rows; None where no row follows the first cut.
+    output_error : float or None
+        Mean relative error of the attention output over `output_rows` rows; None without v.
+    ties : int
+        Cuts, over layers and KV heads, whose margin was 0.
+    bound : float or None
+        Most mass that any policy can retain under this budget; the oracle's only.
+    notes : tuple of str
+        What a reader should know, such as a budget below the policy's protection.
+    evicted_at : int32 [row, layer, kv_head]
+        Position of the query after whose row a slot was evicted (or left the model's own
+        sliding window); -1: never. -1 too for rows, layers and heads that were not replayed.
+    steps, heads : columns of tables replay_steps and replay_heads
+    """
+
+    id: str
+    policy: str
+    parameters: dict[str, Any]
+    budget: str
+    when: str
+    exactness: str
+    tokens: int
+    measured_rows: int
+    hits: int
+    misses: int
+    evictions: int
+    sinks: int
+    retained_sinks: int
+    retained_mass: float | None
+    mass_p5: float | None
+    mass_worst: float | None
+    output_error: float | None
+    output_rows: int
+    ties: int
+    bound: float | None
+    notes: tuple[str, ...]
+    evicted_at: NDArray[np.int32] = field(repr=False)
+    steps: Columns = field(repr=False)
+    heads: Columns = field(repr=False)
+    requests: dict[int, ReplayedRequest] = field(repr=False)
+    kv_heads: dict[int, int] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the numbers, as `kvtrace replay --json` prints them."""
+        names = (
+            "policy",
+            "budget",
+            "when",
+            "exactness",
+            "tokens",
+            "measured_rows",
+            "hits",
+            "misses",
+            "evictions",
+            "sinks",
+            "retained_sinks",
+            "retained_mass",
+            "mass_p5",
+            "mass_worst",
+            "output_error",
+            "output_rows",
+            "ties",
+        )
+        found = {"id": self.id, **{name: getattr(self, name) for name in names}}
+        if self.bound is not None or self.policy.partition(":")[0] == "oracle":
+            found["bound"] = self.bound
+        return found | {"notes": list(self.notes)}
+
+    def kept(self, request: int | None = None) -> dict[int, dict[int, NDArray[np.int64]]]:
+        """Positions held after the last decision, by layer and KV head, ascending.
+
+        Parameters
+        ----------
+        request : int, optional
+            Which request; may be left out where only one was replayed.
+
+        Raises
+        ------
+        InputError
+            For a request that was not replayed, or none given where there are several.
+        """
+        have = ", ".join(map(str, self.requests))
+        if request is None and len(self.requests) > 1:
+            raise InputError(
+                f"kept sets are of one request; requests {have} were replayed; "
+                "choose one with --request N"
+            )
+        number = next(iter(self.requests)) if request is None else request
+        if number not in self.requests:
+            raise InputError(f"request {number} was not replayed; {have} were; choose one of them")
+        found = self.requests[number]
+        gone = self.evicted_at[found.rows[: found.last_cut + 1]]
+        held = (gone < 0) | (gone > found.last_cut)
+        return {
+            layer: {head: np.flatnonzero(held[:, layer, head]) for head in range(count)}
+            for layer, count in self.kv_heads.items()
+        }

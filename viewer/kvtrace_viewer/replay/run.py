@@ -1,0 +1,319 @@
+"""`replay`: a trace through policies and budgets, in one pass."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace.errors import InputError
+from kvtrace.model import LayerData, Request
+from kvtrace.trace import Trace
+from kvtrace_viewer.replay.amounts import Budget, parse_budget
+from kvtrace_viewer.replay.block import Head
+from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer
+from kvtrace_viewer.replay.kernels import NEVER
+from kvtrace_viewer.replay.measure import Measures
+from kvtrace_viewer.replay.policy import Policy
+from kvtrace_viewer.replay.replayable import check
+from kvtrace_viewer.replay.result import ReplayedRequest, Result
+from kvtrace_viewer.replay.spec import parse_policy
+from kvtrace_viewer.replay.storage import store_result
+from kvtrace_viewer.replay.totals import HeadTotals, StepTotals
+from kvtrace_viewer.replay.when import When, parse_when
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One policy at one budget: a column of everything."""
+
+    spec: str
+    policy: Policy
+    budget: Budget
+    when: When
+
+    @property
+    def id(self) -> str:
+        """Name of the result: `h2o-25pct-step`."""
+        text = f"{self.spec}-{self.budget}-{self.when}".replace("%", "pct")
+        return re.sub(r"[^A-Za-z0-9_.=-]", ".", text)
+
+
+def replay(
+    trace: Trace,
+    policies: Sequence[str | Policy],
+    budgets: Sequence[str | int | Budget],
+    when: str | When | None = None,
+    requests: Sequence[int] | None = None,
+    store: bool = True,
+    progress: Callable[[float], None] | None = None,
+    measures: Measures | None = None,
+) -> list[Result]:
+    """Replay a trace through every policy at every budget.
+
+    Parameters
+    ----------
+    trace : Trace
+        With q and k of every row; v for the output error.
+    policies : sequence of str or Policy
+        `name[:key=value,...]`, or policy objects.
+    budgets : sequence of str, int or Budget
+        Tokens (`128`), or a percentage of the tokens present at each decision (`25%`).
+    when : str, optional
+        prefill, step, every=N or stream; what each policy's paper does where left out.
+    requests : sequence of int, optional
+        All where left out.
+    store : bool
+        Keep each result under the trace's `replays/`.
+    progress : callable, optional
+        Told the share done, 0 to 1.
+    measures : Measures, optional
+        Thresholds of what is measured.
+
+    Returns
+    -------
+    list of Result
+        Policy by policy, each at every budget; a pair given twice counts once.
+
+    Raises
+    ------
+    InputError
+        For an unknown policy, parameter, budget, rhythm or request, an empty trace, and a
+        trace without what a policy needs.
+
+    Examples
+    --------
+    >>> replay(trace, ["h2o", "streaming_llm:sinks=4"], ["25%", 128])      # doctest: +SKIP
+    """
+    pairs = _pairs(policies, budgets, when)
+    check(trace, [pair.policy for pair in pairs])
+    chosen = _requests(trace, requests)
+    work = _Work(trace, pairs, measures or Measures(), progress or (lambda share: None))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for request in chosen:
+            work.add(request, pool, of=sum(r.tokens for r in chosen))
+    results = [work.result(p) for p in range(len(pairs))]
+    if store:
+        for result in results:
+            store_result(result, trace.replay_directory())
+    return results
+
+
+def _pairs(
+    policies: Sequence[str | Policy],
+    budgets: Sequence[str | int | Budget],
+    when: str | When | None,
+) -> list[Pair]:
+    limits = list(dict.fromkeys(parse_budget(budget) for budget in budgets))
+    found: dict[str, Pair] = {}
+    for text in policies:
+        policy = parse_policy(text)
+        spec = policy.spec if isinstance(text, Policy) else text
+        rhythm = parse_when(when or policy.default_when)
+        for budget in limits:
+            pair = Pair(spec, policy, budget, rhythm)
+            found.setdefault(pair.id, pair)
+    if not found:
+        raise InputError(
+            f"{len(policies)} policies and {len(budgets)} budgets were given; at least one of "
+            "each was expected; name a policy and a budget"
+        )
+    return list(found.values())
+
+
+def _requests(trace: Trace, numbers: Sequence[int] | None) -> list[Request]:
+    known = {request.request: request for request in trace.requests()}
+    for number in numbers or ():
+        if number not in known:
+            raise InputError(
+                f"request {number} was not found in {trace.path}; it has "
+                f"{', '.join(map(str, list(known)[:8]))}; choose one of them"
+            )
+    return [known[n] for n in dict.fromkeys(numbers)] if numbers else list(known.values())
+
+
+def _runs(pairs: list[Pair]) -> list[Run]:
+    """Neighbouring pairs of one policy share its state: one run."""
+    runs: list[Run] = []
+    previous = ""
+    for pair in pairs:
+        if pair.spec != previous:
+            runs.append(Run(pair.policy, pair.when, []))
+        runs[-1].budgets.append(pair.budget)
+        previous = pair.spec
+    return runs
+
+
+@dataclass
+class _Work:
+    """Collects the results of all pairs, request by request and layer by layer."""
+
+    trace: Trace
+    pairs: list[Pair]
+    measures: Measures
+    progress: Callable[[float], None]
+    done: int = 0
+    totals: dict[tuple[int, int], HeadTotals] = field(default_factory=dict)
+    steps: dict[int, StepTotals] = field(default_factory=dict)
+    replayed: dict[int, tuple[Request, NDArray[np.int64]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layers = self.trace.layers
+        self.kv_heads = {layer.layer: layer.num_kv_heads for layer in layers}
+        shape = (self.trace.rows, max(self.kv_heads) + 1, max(self.kv_heads.values()))
+        self.evicted_at = np.full((len(self.pairs), *shape), -1, dtype=np.int32)
+
+    def add(self, request: Request, pool: Executor, of: int) -> None:
+        """Replay one request; `of` are the tokens of all."""
+        rows = self.trace.request_rows(request.request)
+        self.replayed[request.request] = (request, rows)
+        steps = StepTotals.zeros(len(self.pairs), len(rows))
+        self.steps[request.request] = steps
+        layers = [layer.layer for layer in self.trace.layers if layer.model == request.model]
+
+        def passed(count: int) -> None:
+            self.done += count
+            self.progress(self.done / (of * len(layers)))
+
+        for layer in layers:
+            data = self.trace.layer_data(layer, request.request)
+            heads = heads_of(data, request, num_layers=len(layers))
+            for head in replay_layer(heads, _runs(self.pairs), self.measures, pool, passed):
+                self._collect(head, rows, steps)
+
+    def _collect(self, head: HeadReplay, rows: NDArray[np.int64], steps: StepTotals) -> None:
+        where = (head.head.layer, head.head.kv_head)
+        total = self.totals.setdefault(where, HeadTotals.zeros(len(self.pairs)))
+        total.add(head.summarise(steps))
+        evicted = np.where(head.evicted_at == NEVER, -1, head.evicted_at)
+        self.evicted_at[:, rows, where[0], where[1]] = evicted.T
+
+    def result(self, p: int) -> Result:
+        """Make the result of pair `p`."""
+        pair = self.pairs[p]
+        total = HeadTotals.zeros(len(self.pairs))
+        for head in self.totals.values():
+            total.add(head)
+        masses = int(total.masses[p])
+        bound = float(total.bound[p])
+        return Result(
+            id=pair.id,
+            policy=pair.spec,
+            parameters=pair.policy.parameters(),
+            budget=str(pair.budget),
+            when=str(pair.when),
+            exactness=pair.policy.exactness(pair.when),
+            tokens=sum(len(rows) for _, rows in self.replayed.values()),
+            measured_rows=sum(int((s.masses[p] > 0).sum()) for s in self.steps.values()),
+            hits=int(total.hits[p]),
+            misses=int(total.misses[p]),
+            evictions=int(total.evictions[p]),
+            sinks=total.sinks,
+            retained_sinks=int(total.retained_sinks[p]),
+            retained_mass=total.mass[p] / masses if masses else None,
+            mass_p5=total.p5(p),
+            mass_worst=float(total.worst[p]) if masses else None,
+            output_error=total.error[p] / total.errors[p] if total.errors[p] else None,
+            output_rows=int(total.error_rows[p]) // len(self.totals),
+            ties=int(total.ties[p]),
+            bound=bound / masses if masses and np.isfinite(bound) else None,
+            notes=self._notes(pair),
+            evicted_at=self.evicted_at[p],
+            steps=self._steps(p),
+            heads=self._heads(p),
+            requests={
+                number: ReplayedRequest(rows, _last_cut(pair.when, request, len(rows)))
+                for number, (request, rows) in self.replayed.items()
+            },
+            kv_heads=self.kv_heads,
+        )
+
+    def _notes(self, pair: Pair) -> tuple[str, ...]:
+        present = max(len(rows) for _, rows in self.replayed.values())
+        limit = pair.budget.limits(np.array([present]))
+        protected = pair.policy.sinks + int(pair.policy.recent.of(limit)[0])
+        if protected <= limit[0]:
+            return ()
+        return (
+            f"{pair.spec} at {pair.budget}: {protected} protected tokens do not fit; the first "
+            "were protected before the last, up to the budget",
+        )
+
+    def _steps(self, p: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
+        parts = []
+        for number, s in self.steps.items():
+            at = np.flatnonzero(s.masses[p])
+            mass = s.mass[p, at] / s.masses[p, at]
+            counts = (s.hits[p, at], s.misses[p, at], s.evictions[p, at], s.held[p, at])
+            parts.append((np.full(len(at), number), at, mass, s.worst[p, at], *counts))
+        names = ["request", "position", "mass", "mass_worst", "hits", "misses", "evictions", "held"]
+        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        return dict(zip(names, columns, strict=True))
+
+    def _heads(self, p: int) -> dict[str, list[object]]:
+        rows: list[dict[str, object]] = []
+        for (layer, kv_head), t in self.totals.items():
+            measured = t.masses[p] > 0
+            rows.append(
+                {
+                    "layer": layer,
+                    "kv_head": kv_head,
+                    "mass": t.mass[p] / t.masses[p] if measured else None,
+                    "mass_p5": t.p5(p),
+                    "mass_worst": float(t.worst[p]) if measured else None,
+                    "hits": int(t.hits[p]),
+                    "misses": int(t.misses[p]),
+                    "evictions": int(t.evictions[p]),
+                    "output_error": t.error[p] / t.errors[p] if t.errors[p] else None,
+                    "ties": int(t.ties[p]),
+                }
+            )
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def heads_of(data: LayerData, request: Request, num_layers: int) -> list[Head]:
+    """One layer of one request as KV heads.
+
+    Raises
+    ------
+    InputError
+        Where keys or values of some rows are missing (a gap in the trace).
+    """
+    spec = data.spec
+    if data.q is None or data.k is None:
+        raise InputError(f"layer {spec.layer} has no q or k; both were expected; record them")
+    for name, values in (("k", data.k), ("v", data.v)):
+        missing = 0 if values is None else int((~np.isfinite(values)).any(axis=(1, 2)).sum())
+        if missing:
+            raise InputError(
+                f"layer {spec.layer} of request {request.request} has {missing} rows without a "
+                f"usable {name}; all were expected; see the gaps in `kvtrace info`"
+            )
+    group = spec.group_size
+    return [
+        Head(
+            q=data.q[:, h * group : (h + 1) * group],
+            k=np.ascontiguousarray(data.k[:, h]),
+            v=None if data.v is None else np.ascontiguousarray(data.v[:, h]),
+            lse=None if data.lse is None else data.lse[:, h * group : (h + 1) * group],
+            scale=spec.scale,
+            prompt_tokens=min(request.prompt_tokens, data.n),
+            window=spec.sliding_window,
+            softcap=spec.softcap,
+            has_sinks=spec.has_sinks,
+            layer=spec.layer,
+            kv_head=h,
+            num_layers=num_layers,
+        )
+        for h in range(spec.num_kv_heads)
+    ]
+
+
+def _last_cut(when: When, request: Request, tokens: int) -> int:
+    cuts = when.cuts(tokens, min(request.prompt_tokens, tokens))
+    return int(cuts[-1]) if len(cuts) else tokens - 1
