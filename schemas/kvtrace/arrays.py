@@ -41,10 +41,7 @@ def fill_value(dtype: np.dtype[Any]) -> float | int:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Rows per inner chunk, per shard and per tail chunk; all powers of two.
-
-    Computed from the shape alone, so reader and writer agree without writing it down.
-    """
+    """Rows per inner chunk, per shard and per tail chunk; all powers of two."""
 
     chunk: int
     shard: int
@@ -217,8 +214,8 @@ class RowArrayReader:
             if self._closed
             else zarr.open_array(self._folder / tail_name(self._name), mode="r")
         )
-        tail = tuple(self._sealed.shape[1:])
-        self.geometry = Geometry.of(tail, np.dtype(self._sealed.dtype))
+        # The shard size is the array's own: another version may choose another.
+        self._shard = (self._sealed.shards or self._sealed.chunks)[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -268,7 +265,7 @@ class RowArrayReader:
     def _sealed_rows(self) -> int:
         if self._closed:
             return self._rows
-        return self._rows // self.geometry.shard * self.geometry.shard
+        return self._rows // self._shard * self._shard
 
     def _read(self, start: int, stop: int, lane: int | None) -> Array:
         sealed = self._sealed_rows()

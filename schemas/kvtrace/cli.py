@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import ast
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 from kvtrace.errors import KvtraceError
@@ -70,7 +73,7 @@ def _run(point: EntryPoint, arguments: Sequence[str]) -> int:
 
 def _load(point: EntryPoint) -> ModuleType:
     try:
-        return importlib.import_module(point.value)
+        return import_module(point.value)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(point.value.split(".")[0])
         if extra is None or (error.name or "").startswith("kvtrace"):
@@ -95,14 +98,11 @@ def _overview(verbs: dict[str, EntryPoint]) -> str:
 
 def _summary(point: EntryPoint) -> str:
     # The help must not cost the import of torch or dash: read the docstring from the source.
-    import ast
-    from importlib.util import find_spec
-
     spec = find_spec(point.value)
     if spec is None or spec.origin is None:
         return "(not installed)"
-    with open(spec.origin, encoding="utf-8") as file:  # noqa: PTH123
-        text = ast.get_docstring(ast.parse(file.read())) or ""
+    source = Path(spec.origin).read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(source)) or ""
     return text.splitlines()[0] if text else ""
 
 

@@ -73,7 +73,7 @@ def read_manifest(path: Path) -> Manifest:
         if found.pop("format") != FORMAT_NAME:
             raise KeyError("format")
         major = int(str(found["format_version"]).split(".")[0])
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TraceError(
             f"{path} is not a kvtrace trace; a directory with a {MANIFEST} of ours was expected;"
             " give the path of a .kvtrace directory"

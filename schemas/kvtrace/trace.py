@@ -81,7 +81,7 @@ class Trace:
     def refresh(self) -> None:
         """See what was committed since; nothing changes under a reader that does not ask."""
         self._store.refresh()
-        for name in ("layers", "_row_index"):
+        for name in ("layers", "_models", "_row_index"):
             self.__dict__.pop(name, None)
 
     def table(self, name: str) -> pa.Table:
@@ -155,14 +155,14 @@ class Trace:
 
     def layer_data(self, layer: int, request: int = 0) -> LayerData:
         """q, k, v and lse of one layer of one request, as float32."""
-        spec = self._layer(layer)
         rows = self.request_rows(request)
+        spec = self._layer(layer, request)
         found = {kind: self._read(kind, spec, rows) for kind in ("q", "k", "v", "lse")}
         return LayerData(spec, **found)
 
     def row_array(self, kind: str, layer: int, request: int = 0) -> Float:
         """One kind of row array (`q_prerope`, say) of one layer, by position, as float32."""
-        found = self._read(kind, self._layer(layer), self.request_rows(request))
+        found = self._read(kind, self._layer(layer, request), self.request_rows(request))
         if found is None:
             raise InputError(f"{kind} was not found in {self.path}; it was not recorded")
         return found
@@ -200,12 +200,12 @@ class Trace:
         InputError
             For a layer, head or position the trace does not have, or a trace without q and k.
         """
-        spec = self._layer(layer)
+        index = self.request_rows(request)
+        spec = self._layer(layer, request)
         if not 0 <= head < spec.num_q_heads:
             raise InputError(
                 f"head {head} was not found in layer {layer}; it has 0 to {spec.num_q_heads - 1}"
             )
-        index = self.request_rows(request)
         row_at, key_at = _positions(rows, len(index)), _positions(keys, len(index))
         q = self._read("q", spec, index[row_at])
         k = self._read("k", spec, index[key_at])
@@ -250,14 +250,19 @@ class Trace:
         parts = np.split(row, starts[1:]) if len(row) else []
         return {int(name): part for name, part in zip(names, parts, strict=True)}
 
-    def _layer(self, layer: int) -> Layer:
-        for spec in self.layers:
-            if spec.layer == layer:
-                return spec
-        raise InputError(
-            f"layer {layer} was not found in {self.path}; it has"
-            f" {', '.join(str(spec.layer) for spec in self.layers) or 'none'}"
-        )
+    def _layer(self, layer: int, request: int) -> Layer:
+        model = self._models[request]
+        specs = {spec.layer: spec for spec in self.layers if spec.model == model}
+        try:
+            return specs[layer]
+        except KeyError:
+            have = ", ".join(map(str, specs)) or "none"
+            raise InputError(f"layer {layer} was not found in {self.path}; it has {have}") from None
+
+    @cached_property
+    def _models(self) -> dict[int, int]:
+        found = self.table("requests")
+        return dict(zip(found["request"].to_pylist(), found["model"].to_pylist(), strict=True))
 
     def _read(self, kind: str, spec: Layer, rows: Ids) -> Float | None:
         name = array_name(kind, spec.array_group)
