@@ -1,0 +1,185 @@
+"""Attention maps: tiles, thumbnails, single rows, marks, and exports of what is shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+from numpy.typing import NDArray
+
+from kvtrace.errors import InputError
+from kvtrace.trace import Trace
+from kvtrace_viewer.context import Context
+from kvtrace_viewer.derived import tiles
+from kvtrace_viewer.derived.encode import SCALES
+from kvtrace_viewer.derived.source import HeadMap, check_head
+from kvtrace_viewer.derived.tokens import token_texts
+
+MAX_LEVEL = 24
+MAX_EXPORT_WEIGHTS = {"csv": 1_000_000, "npz": 25_000_000}
+
+Index = Annotated[int, Query(ge=0)]
+
+
+def router(context: Context) -> APIRouter:
+    """Routes over the attention maps of a trace."""
+    routes = APIRouter()
+
+    @routes.get("/tile")
+    def tile(
+        trace: str,
+        layer: Index,
+        head: Index,
+        level: Annotated[int, Query(ge=0, le=MAX_LEVEL)],
+        row: Index,
+        column: Index,
+        request: Index = 0,
+        scale: str = "sqrt",
+    ) -> Response:
+        check_scale(scale)
+        opened = context.library.open(trace)
+        place = (level, row, column, scale)
+        key = ("tile", str(opened.path), opened.rows, request, layer, head, *place)
+        return _binary(
+            context.tiles.get(
+                key,
+                lambda: tiles.tile(context.layers.head_map(opened, request, layer, head), *place),
+            )
+        )
+
+    @routes.get("/thumbnails")
+    def thumbnails(trace: str, layer: Index, request: Index = 0, scale: str = "sqrt") -> Response:
+        check_scale(scale)
+        opened = context.library.open(trace)
+        key = ("thumbnails", str(opened.path), opened.rows, request, layer, scale)
+        heads = context.layers.head_maps(opened, request, layer)
+        return _binary(
+            context.tiles.get(key, lambda: b"".join(tiles.thumbnail(head, scale) for head in heads))
+        )
+
+    @routes.get("/row")
+    def row(trace: str, layer: Index, head: Index, row: Index, request: Index = 0) -> Response:
+        opened = context.library.open(trace)
+        check_head(opened, layer, head)
+        rows = np.array([row], np.int64)
+        return _binary(opened.attention(layer, head, rows=rows, request=request)[0].tobytes())
+
+    @routes.get("/marks")
+    def marks(trace: str, layer: Index, head: Index, request: Index = 0) -> list[dict[str, Any]]:
+        opened = context.library.open(trace)
+        found = context.head_marks(opened, request, layer, head)
+        return [vars(mark) for mark in found]
+
+    @routes.get("/export")
+    def export(
+        trace: str,
+        layer: Index,
+        head: Index,
+        row_start: Index,
+        row_stop: Index,
+        key_start: Index,
+        key_stop: Index,
+        request: Index = 0,
+        kind: str = "csv",
+    ) -> Response:
+        opened = context.library.open(trace)
+        source = context.layers.head_map(opened, request, layer, head)
+        window = Window(source, row_start, row_stop, key_start, key_stop)
+        check_export(kind, window)
+        name = f"{opened.name}-request{request}-layer{layer}-head{head}.{kind}"
+        make = to_csv if kind == "csv" else to_npz
+        return Response(
+            make(opened, request, layer, head, window),
+            media_type="text/csv" if kind == "csv" else "application/octet-stream",
+            headers={"Content-Disposition": f'attachment; filename="{ascii_name(name)}"'},
+        )
+
+    return routes
+
+
+class Window:
+    """A stretch of a map, cut to what the map has."""
+
+    def __init__(
+        self, source: HeadMap, row_start: int, row_stop: int, key_start: int, key_stop: int
+    ) -> None:
+        total = source.num_tokens
+        self.rows = np.arange(min(row_start, total), min(row_stop, total), dtype=np.int64)
+        self.keys = np.arange(min(key_start, total), min(key_stop, total), dtype=np.int64)
+
+    @property
+    def size(self) -> int:
+        """Weights in the window."""
+        return self.rows.size * self.keys.size
+
+
+def check_scale(scale: str) -> None:
+    """Refuse a colour scale that does not exist."""
+    if scale not in SCALES:
+        raise InputError(f"no scale {scale!r}; expected one of {', '.join(SCALES)}; choose one")
+
+
+def check_export(kind: str, window: Window) -> None:
+    """Refuse an export of another kind, of nothing, or past what a browser should be sent."""
+    limit = MAX_EXPORT_WEIGHTS.get(kind)
+    if limit is None:
+        raise InputError(f"no export {kind!r}; expected csv or npz; choose one")
+    if window.size == 0:
+        raise InputError("the window holds no weights; expected rows and keys; zoom out")
+    if window.size > limit:
+        raise InputError(
+            f"the window holds {window.size:,} weights; {kind} takes up to {limit:,}; "
+            "zoom in, or use Trace.attention in Python"
+        )
+
+
+def to_csv(trace: Trace, request: int, layer: int, head: int, window: Window) -> bytes:
+    """Long form: query, its text, key, its text, weight; pairs above the diagonal left out."""
+    texts = token_texts(trace, request)
+    weights = _weights(trace, request, layer, head, window)
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["query", "query_text", "key", "key_text", "weight"])
+    for index, query in enumerate(window.rows):
+        for column in np.flatnonzero(window.keys <= query):
+            key = window.keys[column]
+            weight = f"{weights[index, column]:.9g}"
+            writer.writerow([query, texts[query], key, texts[key], weight])
+    return out.getvalue().encode()
+
+
+def to_npz(trace: Trace, request: int, layer: int, head: int, window: Window) -> bytes:
+    """Arrays weights [row, key] float32, rows, keys (positions) and their token texts."""
+    texts = np.array(token_texts(trace, request))
+    out = io.BytesIO()
+    np.savez_compressed(
+        out,
+        weights=_weights(trace, request, layer, head, window),
+        rows=window.rows,
+        keys=window.keys,
+        row_text=texts[window.rows],
+        key_text=texts[window.keys],
+    )
+    return out.getvalue()
+
+
+def _weights(
+    trace: Trace, request: int, layer: int, head: int, window: Window
+) -> NDArray[np.float32]:
+    return trace.attention(layer, head, rows=window.rows, keys=window.keys, request=request)
+
+
+def ascii_name(name: str) -> str:
+    """Make a file name safe for a header."""
+    return "".join(letter if letter.isascii() and letter not in '"\\/' else "_" for letter in name)
+
+
+def _binary(content: bytes) -> Response:
+    # The browser keeps its own copies; a trace may be recorded again under the same name.
+    return Response(
+        content, media_type="application/octet-stream", headers={"Cache-Control": "no-store"}
+    )

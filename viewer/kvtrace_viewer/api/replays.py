@@ -1,0 +1,103 @@
+"""Replay results: the list, what was evicted when, mass over time, and running new ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from kvtrace.errors import InputError
+from kvtrace.trace import Trace
+from kvtrace_viewer.context import Context
+from kvtrace_viewer.derived.results import evicted_at, replay_rows, replay_steps
+from kvtrace_viewer.figures.retained_mass import MassSeries, retained_mass
+
+
+class ReplayOrder(BaseModel):
+    """What the Run button sends."""
+
+    trace: str
+    policies: list[str]
+    budgets: list[str]
+    when: str | None = None
+
+
+def router(context: Context) -> APIRouter:
+    """Routes over the replays of a trace."""
+    routes = APIRouter()
+
+    @routes.get("/replays")
+    def list_replays(trace: str) -> list[dict[str, Any]]:
+        return replay_rows(context.library.open(trace))
+
+    @routes.get("/evicted")
+    def evicted(trace: str, replay: str, layer: int, kv_head: int, request: int = 0) -> Response:
+        """Int32 by position: the query position after which each key was evicted, -1 = never."""
+        opened = context.library.open(trace)
+        check_kv_head(opened, layer, kv_head)
+        column = evicted_at(opened, replay, layer, kv_head, request)
+        return Response(
+            column.astype("<i4").tobytes(),
+            media_type="application/octet-stream",
+            headers={"Cache-Control": "no-store"},
+        )
+
+    @routes.get("/sinks")
+    def sinks(trace: str, layer: int, kv_head: int, request: int = 0) -> list[int]:
+        """Positions that are a sink in any query head that reads this KV head."""
+        opened = context.library.open(trace)
+        check_kv_head(opened, layer, kv_head)
+        return sink_positions(context, opened, request, layer, kv_head)
+
+    @routes.get("/mass")
+    def mass(trace: str, replays: str, request: int = 0, scheme: str = "light") -> dict[str, Any]:
+        """Series of the replays given (ids split by spaces) and the figure of them."""
+        opened = context.library.open(trace)
+        num_tokens = len(opened.request_rows(request))
+        series = {one: replay_steps(opened, one, request) for one in replays.split()}
+        lines = [
+            MassSeries(steps["label"], steps["position"], steps["mass"])
+            for steps in series.values()
+        ]
+        dark = "dark" if scheme == "dark" else "light"
+        return {"series": series, "figure": retained_mass(lines, num_tokens, dark)}
+
+    @routes.post("/replays")
+    def run(order: ReplayOrder) -> dict[str, Any]:
+        trace = context.library.open(order.trace)
+        return context.jobs.start(trace, order.policies, order.budgets, order.when).to_json()
+
+    @routes.get("/jobs/{job_id}")
+    def job(job_id: int) -> dict[str, Any]:
+        return context.jobs.get(job_id).to_json()
+
+    return routes
+
+
+def check_kv_head(trace: Trace, layer: int, kv_head: int) -> None:
+    """Refuse a layer or KV head that the trace lacks."""
+    heads = {spec.layer: spec.num_kv_heads for spec in trace.layers}
+    if not 0 <= kv_head < heads.get(layer, 0):
+        raise InputError(
+            f"no KV head {kv_head} in layer {layer}; the trace has layers 0 to {len(heads) - 1} "
+            f"with {max(heads.values(), default=0)} KV heads"
+        )
+
+
+def sink_positions(
+    context: Context, trace: Trace, request: int, layer: int, kv_head: int
+) -> list[int]:
+    """Find the sinks of a KV head; none where the trace holds no queries to tell by."""
+    if not {"q", "k", "lse"} <= trace.signals:
+        return []
+    group = next(spec.group_size for spec in trace.layers if spec.layer == layer)
+    heads = range(kv_head * group, (kv_head + 1) * group)
+    found = {
+        mark.position
+        for head in heads
+        for mark in context.head_marks(trace, request, layer, head)
+        if mark.kind == "sink"
+    }
+    return sorted(found)

@@ -1,0 +1,81 @@
+"""Replay results in the form the pages show them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from kvtrace.errors import InputError
+from kvtrace.store import StoreReader
+from kvtrace.trace import Trace
+
+
+def replay_rows(trace: Trace) -> list[dict[str, Any]]:
+    """Rows of table `replays` with NaN as None and a label to show, in the order they were made."""
+    rows = [
+        {name: _finite(value) for name, value in row.items()} for row in trace.replays().to_pylist()
+    ]
+    return [row | {"label": label(row)} for row in rows]
+
+
+def label(row: dict[str, Any]) -> str:
+    """Policy and budget in a few words; `when` only where it is not the usual one."""
+    return f"{row['policy']} · {row['budget']}"
+
+
+def open_replay(trace: Trace, replay: str) -> StoreReader:
+    """Open a result by id.
+
+    Raises
+    ------
+    InputError
+        For an id that is not listed; ids are never joined to a path unlisted.
+    """
+    if replay not in trace.replays()["replay"].to_pylist():
+        raise InputError(
+            f"no replay {replay!r} in {trace.name}; expected one of those listed; run it first"
+        )
+    return trace.replay(replay)
+
+
+def evicted_at(
+    trace: Trace, replay: str, layer: int, kv_head: int, request: int
+) -> NDArray[np.int32]:
+    """One column of a result, by position in the request.
+
+    Returns
+    -------
+    int32 [token]: position of the query token after whose row the key was evicted, -1 = never.
+    """
+    rows = trace.request_rows(request)
+    if rows.size == 0:
+        return np.empty(0, np.int32)
+    first, stop = int(rows.min()), int(rows.max()) + 1
+    stored = open_replay(trace, replay).array("evicted_at").read(first, stop, lane=layer)
+    column: NDArray[np.int32] = np.asarray(stored, np.int32)[rows - first, kv_head]
+    return column
+
+
+def replay_steps(trace: Trace, replay: str, request: int) -> dict[str, Any]:
+    """Measured rows of one request: positions, mass, held slots and evictions, as lists."""
+    reader = open_replay(trace, replay)
+    row = next(row for row in replay_rows(trace) if row["replay"] == replay)
+    steps: pa.Table = reader.table("replay_steps")
+    steps = steps.filter(pc.field("request") == request).sort_by("position")
+    return {
+        "label": row["label"],
+        "position": steps["position"].to_pylist(),
+        "mass": [_finite(value) for value in steps["mass"].to_pylist()],
+        "held": steps["held"].to_pylist(),
+        "evictions": steps["evictions"].to_pylist(),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

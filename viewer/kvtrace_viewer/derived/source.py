@@ -1,0 +1,102 @@
+"""Heads of a trace as maps of which any part can be computed."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace import attention
+from kvtrace.errors import InputError
+from kvtrace.model import LayerData
+from kvtrace.trace import Trace
+from kvtrace_viewer.derived.cache import BytesCache
+
+LAYER_CACHE_BYTES = 512 * 2**20
+
+
+class HeadMap:
+    """One query head's attention, computed from q, k and lse a block at a time.
+
+    Parameters
+    ----------
+    layer
+        The layer's data of one request; q, k and lse have to be there.
+    head
+        Query head.
+    """
+
+    def __init__(self, layer: LayerData, head: int) -> None:
+        if layer.q is None or layer.k is None or layer.lse is None:
+            raise InputError(
+                "this trace holds no queries; attention maps need q, k and lse; "
+                "record it with --detail qkv"
+            )
+        self._spec = layer.spec
+        self._q = layer.q[:, head]
+        self._k = layer.k[:, head // layer.spec.group_size]
+        self._lse = layer.lse[:, head]
+        self.num_tokens = layer.n
+
+    def visible_stop(self, last_row: int) -> int:
+        """One past the last key that queries up to `last_row` can see."""
+        bidirectional = self._spec.attention_kind == "bidirectional"
+        return self.num_tokens if bidirectional else last_row + 1
+
+    def block(self, rows: NDArray[np.int64], key_start: int, key_stop: int) -> NDArray[np.float32]:
+        """Weights [row, key] of the query positions given; NaN where a query sees no key."""
+        keys = np.arange(key_start, key_stop, dtype=np.int64)
+        found = attention.weights(
+            self._q[rows], self._k[key_start:key_stop], self._lse[rows], rows, keys, self._spec
+        )
+        found[~attention.visible(rows, keys, self._spec)] = np.nan
+        return cast("NDArray[np.float32]", found)
+
+
+class LayerCache:
+    """Layers read lately, so that the tiles and heads of one layer read it once."""
+
+    def __init__(self, max_bytes: int = LAYER_CACHE_BYTES) -> None:
+        self._layers: BytesCache[LayerData] = BytesCache(max_bytes, _num_bytes)
+
+    def head_map(self, trace: Trace, request: int, layer: int, head: int) -> HeadMap:
+        """Give a head's map.
+
+        Raises
+        ------
+        InputError
+            For a layer or head the trace lacks, or a trace without queries.
+        """
+        check_head(trace, layer, head)
+        return HeadMap(self._layer(trace, request, layer), head)
+
+    def head_maps(self, trace: Trace, request: int, layer: int) -> list[HeadMap]:
+        """Give the maps of all query heads of a layer; raises as `head_map` does."""
+        check_head(trace, layer, 0)
+        data = self._layer(trace, request, layer)
+        return [HeadMap(data, head) for head in range(data.spec.num_q_heads)]
+
+    def _layer(self, trace: Trace, request: int, layer: int) -> LayerData:
+        key = (str(trace.path), trace.rows, request, layer)
+        return self._layers.get(key, lambda: _without_values(trace.layer_data(layer, request)))
+
+
+def check_head(trace: Trace, layer: int, head: int) -> None:
+    """Refuse a layer or query head that the trace lacks."""
+    heads = {spec.layer: spec.num_q_heads for spec in trace.layers}
+    if layer not in heads:
+        raise InputError(f"no layer {layer}; the trace has {len(heads)}, counted from 0")
+    if not 0 <= head < heads[layer]:
+        raise InputError(
+            f"no query head {head} in layer {layer}; it has {heads[layer]}, counted from 0"
+        )
+
+
+def _without_values(layer: LayerData) -> LayerData:
+    """Drop v, which no map needs."""
+    return LayerData(spec=layer.spec, q=layer.q, k=layer.k, v=None, lse=layer.lse)
+
+
+def _num_bytes(layer: LayerData) -> int:
+    return sum(array.nbytes for array in (layer.q, layer.k, layer.lse) if array is not None)

@@ -1,0 +1,16 @@
+"""Token texts for display."""
+
+from __future__ import annotations
+
+from kvtrace.trace import Trace
+
+
+def token_texts(trace: Trace, request: int) -> list[str]:
+    """Text of every token by position; the id in brackets where the trace has no text."""
+    table = trace.tokens(request)
+    texts: list[str | None] = table["text"].to_pylist()
+    ids: list[int | None] = table["token_id"].to_pylist()
+    return [
+        text if text is not None else f"[{token_id}]"
+        for text, token_id in zip(texts, ids, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Figures as pure functions from data to plotly dicts."""

@@ -1,0 +1,7 @@
+"""The pages, one file each; the order here is the order of the navigation."""
+
+from __future__ import annotations
+
+from kvtrace_viewer.pages import attention, replay, runs, sql
+
+PAGES = (runs, attention, replay, sql)

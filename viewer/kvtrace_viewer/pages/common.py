@@ -1,0 +1,88 @@
+"""What the pages of one trace have in common: finding it from the URL, and saying why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kvtrace.errors import KvtraceError
+from kvtrace.model import Layer, Request
+from kvtrace.trace import Trace
+from kvtrace_viewer.components import Component, empty_state
+from kvtrace_viewer.context import Context
+from kvtrace_viewer.library import TraceLibrary
+
+
+def with_trace(
+    context: Context, trace_id: str | None, build: Callable[[str, Trace], Component]
+) -> Component:
+    """Build a page for the trace of the URL, the newest where it names none.
+
+    A trace that is missing, broken or empty becomes an explanation instead.
+    """
+    try:
+        chosen = trace_id or context.library.default_id()
+        if chosen is None:
+            return no_traces(context.library)
+        trace = context.library.open(chosen)
+        if not trace.requests():
+            return empty_state(
+                "Nothing recorded yet",
+                f"{trace.name} is {trace.status} and holds no token so far. "
+                "Reload the page once the model has run.",
+            )
+        return build(chosen, trace)
+    except (KvtraceError, OSError) as error:
+        return empty_state("This trace cannot be shown", str(error))
+
+
+def no_traces(library: TraceLibrary) -> Component:
+    """The empty folder."""
+    return empty_state(
+        f"No traces under {library.root}",
+        "Record one: the bundled model runs for about a minute, nothing is downloaded.",
+        "kvtrace demo",
+    )
+
+
+def choose_request(trace: Trace, asked: str | None) -> Request:
+    """The request the URL asks for, else the longest."""
+    requests = trace.requests()
+    by_id = {str(request.request): request for request in requests}
+    longest = max(requests, key=lambda request: request.tokens)
+    return by_id.get(asked or "", longest)
+
+
+def request_options(trace: Trace) -> list[dict[str, str]]:
+    """Requests for a drop-down, with their lengths."""
+    return [
+        {
+            "value": str(request.request),
+            "label": f"{request.external_id or request.request} · {request.tokens:,} tokens",
+        }
+        for request in trace.requests()
+    ]
+
+
+def layers_of(trace: Trace, request: Request) -> list[Layer]:
+    """Layers of the model that ran a request."""
+    return [layer for layer in trace.layers if layer.model == request.model]
+
+
+def number_options(count: int) -> list[str]:
+    """The numbers below `count`, for a drop-down."""
+    return [str(number) for number in range(count)]
+
+
+def within(text: Any, count: int, fallback: int = 0) -> int:
+    """A number below `count` from a URL; the fallback where it is none."""
+    try:
+        number = int(text)
+    except (TypeError, ValueError):
+        return fallback
+    return number if 0 <= number < count else fallback
+
+
+def one_of(text: str | None, choices: tuple[str, ...], fallback: str) -> str:
+    """A choice from a URL; the fallback where it is none of them."""
+    return text if text in choices else fallback

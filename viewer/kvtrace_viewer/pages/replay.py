@@ -1,0 +1,311 @@
+"""Eviction policies side by side on one clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import dash
+import dash_ag_grid as dag
+import dash_mantine_components as dmc
+from dash import Input, Output, dcc, html
+
+from kvtrace.trace import Trace
+from kvtrace_viewer.components import (
+    Component,
+    button,
+    field,
+    panel,
+    segmented,
+    select,
+    status_line,
+)
+from kvtrace_viewer.context import Context
+from kvtrace_viewer.derived.results import replay_rows
+from kvtrace_viewer.figures.graph import graph
+from kvtrace_viewer.figures.retained_mass import retained_mass
+from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
+from kvtrace_viewer.pages.common import (
+    choose_request,
+    layers_of,
+    number_options,
+    one_of,
+    request_options,
+    with_trace,
+    within,
+)
+
+PATH = "/replay"
+NAME = "Replay"
+MAX_CARDS = 6
+PREFERRED_BUDGET = "25%"
+SPEEDS = ("1", "4", "16", "64")
+WHENS = (
+    ("default", "Paper's"),
+    ("prefill", "After prompt"),
+    ("step", "Every step"),
+    ("stream", "Stream"),
+)
+
+SHARE = {"function": "kvShare(params.value)"}
+COLUMNS = [
+    text_column("policy", "Policy", minWidth=150, flex=1, pinned="left", tooltipField="replay"),
+    text_column("budget", "Budget", width=90, type="rightAligned"),
+    text_column("decide_when", "When", width=90),
+    text_column("exactness", "Exactness", width=105),
+    number_column("retained_mass", "Retained mass", width=130, valueFormatter=SHARE),
+    number_column("mass_p5", "p5", width=90, valueFormatter=SHARE),
+    number_column("bound", "Bound", width=90, valueFormatter=SHARE),
+    number_column("hits", "Hits", width=105),
+    number_column("misses", "Misses", width=100),
+    number_column("evictions", "Evictions", width=105),
+    text_column(
+        "retained_sinks",
+        "Sinks kept",
+        width=110,
+        type="rightAligned",
+        valueGetter={"function": "kvSinks(params.data)"},
+    ),
+    number_column("output_error", "Output error", width=120, valueFormatter=SHARE),
+    number_column("ties", "Ties", width=80),
+]
+
+
+def register(app: Any, context: Context, order: int) -> None:
+    """Add the page and its callbacks."""
+    dash.register_page(
+        "replay",
+        path=PATH,
+        name=NAME,
+        order=order,
+        title="Replay · kvtrace",
+        layout=partial(layout, context),
+    )
+    app.clientside_callback(
+        dash.ClientsideFunction("replay", "update"),
+        Output("replay-status", "title"),
+        Input("replay-config", "data"),
+        Input("replay-request", "value"),
+        Input("replay-layer", "value"),
+        Input("replay-head", "value"),
+        Input("replay-chosen", "value"),
+        Input("replay-speed", "value"),
+    )
+    app.clientside_callback(
+        dash.ClientsideFunction("replay", "form"),
+        Output("replay-run-status", "title"),
+        Input("replay-policies", "value"),
+        Input("replay-budgets", "value"),
+        Input("replay-when", "value"),
+    )
+
+
+def layout(context: Context, trace: str | None = None, **query: str) -> Component:
+    """Build the page for the trace and view of the URL."""
+    body = with_trace(context, trace, lambda found, opened: build(found, opened, query))
+    return html.Div(body, className="kv-page")
+
+
+def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
+    """Build the page of a trace that has tokens."""
+    request = choose_request(trace, query.get("request"))
+    layers = layers_of(trace, request)
+    num_heads = max((layer.num_kv_heads for layer in layers), default=0)
+    rows = replay_rows(trace)
+    chosen = chosen_replays(rows, query.get("replays"))
+    config = {
+        "trace": trace_id,
+        "labels": {row["replay"]: row for row in rows},
+        "requests": {
+            str(one.request): {"tokens": one.tokens, "prompt_tokens": one.prompt_tokens}
+            for one in trace.requests()
+        },
+        "time": query.get("t"),
+    }
+    return [
+        dcc.Store(id="replay-config", data=config),
+        html.Div(
+            [
+                field(
+                    "Request",
+                    select(
+                        "replay-request",
+                        request_options(trace),
+                        str(request.request),
+                        190,
+                        "Request",
+                    ),
+                ),
+                field(
+                    "Layer",
+                    select(
+                        "replay-layer",
+                        number_options(len(layers)),
+                        str(within(query.get("layer"), len(layers))),
+                        76,
+                        "Layer",
+                    ),
+                ),
+                field(
+                    "KV head",
+                    select(
+                        "replay-head",
+                        number_options(num_heads),
+                        str(within(query.get("head"), num_heads)),
+                        76,
+                        "KV head",
+                    ),
+                ),
+                field(
+                    "Replays",
+                    dmc.MultiSelect(
+                        id="replay-chosen",
+                        data=replay_options(rows),
+                        value=chosen,
+                        size="xs",
+                        searchable=True,
+                        maxValues=MAX_CARDS,
+                        className="kv-replay-chosen",
+                        placeholder="" if chosen else "Choose up to six",
+                        comboboxProps={"shadow": "md"},
+                    ),
+                ),
+            ],
+            className="kv-toolbar",
+        ),
+        status_line("replay-status"),
+        player(one_of(query.get("speed"), SPEEDS, "16")),
+        panel(
+            "Retained mass, over all layers and heads",
+            html.Div(
+                [
+                    graph("replay-mass", retained_mass([], request.tokens), "kv-graph"),
+                    html.Div(id="replay-cursor", className="kv-cursor"),
+                ],
+                className="kv-graph-box",
+            ),
+        ),
+        table(rows),
+        runner(),
+    ]
+
+
+def replay_options(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stored results for the drop-down, grouped by budget."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        option = {"value": row["replay"], "label": row["label"]}
+        groups.setdefault(f"Budget {row['budget']}", []).append(option)
+    return [{"group": group, "items": items} for group, items in groups.items()]
+
+
+def chosen_replays(rows: Sequence[dict[str, Any]], asked: str | None) -> list[str]:
+    """Replays of the URL that exist; without any, those of one budget, the usual one first."""
+    known = [row["replay"] for row in rows]
+    if asked is not None:
+        return [one for one in asked.split(" ") if one in known][:MAX_CARDS]
+    budgets = {row["budget"]: None for row in rows}
+    budget = PREFERRED_BUDGET if PREFERRED_BUDGET in budgets else next(iter(budgets), None)
+    return [row["replay"] for row in rows if row["budget"] == budget][:MAX_CARDS]
+
+
+def player(speed: str) -> Component:
+    """Transport controls and the policies' cards."""
+    transport = html.Div(
+        [
+            html.Div(
+                [
+                    button("replay-first", "⏮", "To the first token (Home)"),
+                    button("replay-back", "◀", "Step back (left arrow)"),
+                    button("replay-play", "▶ Play", "Play or pause (space)", "kv-primary kv-play"),
+                    button("replay-forward", "▶", "Step forward (right arrow)"),
+                    button("replay-last", "⏭", "To the last token (End)"),
+                ],
+                className="kv-button-group kv-transport-buttons",
+            ),
+            # The slider is made in the browser: React would redraw it on every frame of the clock.
+            html.Div(id="replay-seek", className="kv-slider"),
+            html.Div(id="replay-clock", className="kv-clock"),
+            field("Tokens/s", segmented("replay-speed", [(s, s) for s in SPEEDS], speed)),
+        ],
+        className="kv-transport",
+    )
+    return panel(
+        "Cache contents",
+        [
+            transport,
+            html.Div(id="replay-cards", className="kv-cards"),
+            html.Div(id="replay-tip", className="kv-tip"),
+        ],
+        aside=html.Div(id="replay-legend", className="kv-legend"),
+        class_name="kv-player",
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> Component:
+    """Every stored result."""
+    grid = dag.AgGrid(
+        id="replay-grid",
+        rowData=rows,
+        columnDefs=COLUMNS,
+        defaultColDef={"sortable": True, "resizable": True, "suppressMovable": True},
+        dashGridOptions={
+            **GRID_OPTIONS,
+            "domLayout": "autoHeight",
+            "localeText": {"noRowsToShow": "No replay is stored in this trace yet"},
+        },
+        getRowId="params.data.replay",
+        className="kv-grid",
+        style={"height": None, "width": "100%"},
+    )
+    return panel("Results", grid, class_name="kv-flush")
+
+
+def runner() -> Component:
+    """The form that computes new replays."""
+    form = html.Div(
+        [
+            field(
+                "Policies",
+                dmc.TagsInput(
+                    id="replay-policies",
+                    data=policy_names(),
+                    value=[],
+                    size="xs",
+                    splitChars=[" "],
+                    placeholder="h2o, streaming_llm:sinks=8",
+                    className="kv-policies-input",
+                    comboboxProps={"shadow": "md"},
+                ),
+            ),
+            field(
+                "Budgets",
+                dmc.TagsInput(
+                    id="replay-budgets",
+                    data=["10%", "25%", "50%", "64", "128"],
+                    value=["25%"],
+                    size="xs",
+                    placeholder="25% or 128",
+                    className="kv-budgets-input",
+                    comboboxProps={"shadow": "md"},
+                ),
+            ),
+            field("Decide", segmented("replay-when", WHENS, "default")),
+            button("replay-run", "Run replay", "Compute and store these replays", "kv-primary"),
+        ],
+        className="kv-toolbar kv-runner",
+    )
+    progress = html.Div(
+        [html.Div(id="replay-run-bar", className="kv-progress-bar")],
+        id="replay-run-progress",
+        className="kv-progress",
+    )
+    return panel("Replay other policies", [form, progress, status_line("replay-run-status")])
+
+
+def policy_names() -> list[str]:
+    """Names of the policies installed."""
+    from kvtrace_viewer.replay import POLICIES
+
+    return sorted(POLICIES)

@@ -1,0 +1,159 @@
+"""SQL over a trace."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import dash
+import dash_ag_grid as dag
+import dash_mantine_components as dmc
+from dash import Input, Output, dcc, html
+
+from kvtrace.trace import Trace
+from kvtrace_viewer.components import Component, button, panel, status_line
+from kvtrace_viewer.context import Context
+from kvtrace_viewer.derived.catalog import Table, tables
+from kvtrace_viewer.grids import GRID_OPTIONS
+from kvtrace_viewer.pages.common import with_trace
+
+PATH = "/sql"
+NAME = "SQL"
+
+EXAMPLES = (
+    (
+        "Steps by phase",
+        "select phase, count(*) as steps, sum(num_tokens) as tokens,\n"
+        "       round(avg(duration_ns) / 1e6, 2) as mean_ms\n"
+        "from steps\ngroup by phase\norder by phase desc",
+    ),
+    (
+        "Most frequent tokens",
+        "select text, count(*) as times\nfrom tokens\ngroup by text\n"
+        "order by times desc, text\nlimit 20",
+    ),
+    (
+        "Replays, best first",
+        "select policy, budget, round(retained_mass, 4) as retained_mass, hits, misses, evictions\n"
+        "from replays\norder by retained_mass desc",
+    ),
+    (
+        "Cache growth",
+        "select step, sum(bytes) as bytes, max(tokens) as tokens\nfrom kv_events\n"
+        "where event = 'grow'\ngroup by step\norder by step\nlimit 200",
+    ),
+    ("What is missing", "select what, count, reason\nfrom gaps"),
+)
+
+
+def register(app: Any, context: Context, order: int) -> None:
+    """Add the page and its callbacks."""
+    dash.register_page(
+        "sql",
+        path=PATH,
+        name=NAME,
+        order=order,
+        title="SQL · kvtrace",
+        layout=partial(layout, context),
+    )
+    app.clientside_callback(
+        dash.ClientsideFunction("sql", "mount"),
+        Output("sql-status", "title"),
+        Input("sql-config", "data"),
+    )
+    app.clientside_callback(
+        dash.ClientsideFunction("sql", "example"),
+        Output("sql-text", "value"),
+        Input("sql-examples", "value"),
+        prevent_initial_call=True,
+    )
+
+
+def layout(context: Context, trace: str | None = None, **query: str) -> Component:
+    """Build the page for the trace and query of the URL."""
+    body = with_trace(context, trace, lambda found, opened: build(found, opened, query))
+    return html.Div(body, className="kv-page")
+
+
+def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
+    """Build the page of a trace that opens."""
+    config = {"trace": trace_id, "run": "q" in query}
+    text = query.get("q") or EXAMPLES[0][1]
+    return html.Div(
+        [
+            dcc.Store(id="sql-config", data=config),
+            html.Div([editor(text), results()], className="kv-sql-main"),
+            panel("Tables", schema_list(tables(trace)), class_name="kv-schema"),
+        ],
+        className="kv-sql",
+    )
+
+
+def editor(text: str) -> Component:
+    """Where the query is written."""
+    examples = dmc.Select(
+        id="sql-examples",
+        data=[{"value": sql, "label": name} for name, sql in EXAMPLES],
+        placeholder="Examples",
+        size="xs",
+        w=190,
+        comboboxProps={"shadow": "md"},
+        attributes={"input": {"aria-label": "Example queries"}},
+    )
+    run = button("sql-run", ["Run", html.Kbd("Ctrl ⏎")], "Run the query", "kv-primary")
+    area = dmc.Textarea(
+        id="sql-text",
+        value=text,
+        autosize=True,
+        minRows=6,
+        maxRows=18,
+        spellCheck=False,
+        className="kv-editor",
+        attributes={"input": {"aria-label": "SQL"}},
+    )
+    return panel("Query", area, aside=[examples, run])
+
+
+def results() -> Component:
+    """Where the answer appears."""
+    grid = dag.AgGrid(
+        id="sql-grid",
+        rowData=[],
+        columnDefs=[],
+        defaultColDef={"sortable": True, "resizable": True, "filter": True, "minWidth": 90},
+        columnSize="autoSize",
+        dashGridOptions={**GRID_OPTIONS, "localeText": {"noRowsToShow": "No rows"}},
+        className="kv-grid",
+        style={"height": "100%", "width": "100%"},
+    )
+    aside = [
+        html.Span(id="sql-timing"),
+        button("sql-csv", "CSV", "Save all rows of the answer, up to a million"),
+    ]
+    body = [status_line("sql-status"), html.Div(grid, className="kv-sql-grid")]
+    return panel("Result", body, aside=aside, class_name="kv-grow kv-sql-result")
+
+
+def schema_list(found: list[Table]) -> Component:
+    """Tables with their columns, types and comments, folded."""
+    return html.Div(
+        [
+            html.Details(
+                [
+                    html.Summary([html.Code(table.name), html.Span(f"{table.num_rows:,}")]),
+                    html.P(table.comment, className="kv-note"),
+                    html.Dl(
+                        [
+                            child
+                            for column in table.columns
+                            for child in (
+                                html.Dt([html.Code(column.name), html.Span(column.type)]),
+                                html.Dd(column.comment or ""),
+                            )
+                        ]
+                    ),
+                ]
+            )
+            for table in found
+        ]
+    )
