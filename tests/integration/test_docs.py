@@ -1,0 +1,70 @@
+"""The README's code runs as it stands, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtrace_recorder import demo
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Code blocks of the README."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def run(*command: str, cwd: Path) -> str:
+    """Run a command; its standard output."""
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def kvtrace(line: str, cwd: Path) -> str:
+    """Run a `kvtrace` line of the README, in this environment."""
+    code = f"import shlex, sys; from kvtrace.cli import main; sys.exit(main(shlex.split({line!r})))"
+    return run(sys.executable, "-c", code, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the demo trace in it."""
+    folder = tmp_path_factory.mktemp("readme")
+    out = kvtrace("demo --out traces --no-view", folder)
+    for policy in ("full", "sliding_window", "streaming_llm", "lru", "h2o", "oracle"):
+        assert policy in out
+    return folder
+
+
+def test_the_python_blocks_run(folder: Path) -> None:
+    found = blocks("python")
+    assert len(found) == 2
+    for number, block in enumerate(found):
+        script = folder / f"block{number}.py"
+        script.write_text(block.replace('"NAME"', repr(str(demo.MODEL_DIR))))
+        run(sys.executable, str(script), cwd=folder)
+    assert (folder / "traces/mine.kvtrace").is_dir()
+
+
+def test_the_questions_are_answered(folder: Path) -> None:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    asked = [
+        line for line in lines if line.startswith(("kvtrace info", "kvtrace replay", "kvtrace sql"))
+    ]
+    assert len(asked) == 3
+    for line in asked:
+        assert kvtrace(line.removeprefix("kvtrace "), folder)
+
+
+def test_local_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
