@@ -14,7 +14,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,14 @@ def _record(options: dict[str, Any]) -> None:
     except (KvtraceError, OSError) as error:
         print(f"kvtrace: not recorded: {error}", file=sys.stderr)
     else:
-        atexit.register(_close, recording)
+        _at_exit(lambda: _close(recording))
+
+
+def _at_exit(call: Callable[[], None]) -> None:
+    # Plain atexit is too late: by then zarr may start no thread any more. This is the list on
+    # which concurrent.futures itself stands; the last to register is called first.
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(call)
 
 
 def _close(recording: Any) -> None:

@@ -14,6 +14,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
+#: Modules whose code has run while Python still calls them initialising: those being announced.
+_announced: set[str] = set()
+
+
 class AfterImport(MetaPathFinder):
     """Calls back once a module has finished importing.
 
@@ -33,8 +37,8 @@ class AfterImport(MetaPathFinder):
     def install(self) -> None:
         """Begin to wait."""
         module = sys.modules.get(self._name)
-        spec = getattr(module, "__spec__", None)
-        if module is not None and not getattr(spec, "_initializing", False):
+        initializing = getattr(getattr(module, "__spec__", None), "_initializing", False)
+        if module is not None and (not initializing or self._name in _announced):
             self._callback()
         else:
             sys.meta_path.insert(0, self)
@@ -61,7 +65,11 @@ class AfterImport(MetaPathFinder):
 
     def _done(self) -> None:
         self.remove()
-        self._callback()
+        _announced.add(self._name)
+        try:
+            self._callback()
+        finally:
+            _announced.discard(self._name)
 
 
 class _Announcing(Loader):

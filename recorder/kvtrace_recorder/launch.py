@@ -132,14 +132,13 @@ def _run_as_main(program: Program) -> None:
         return
     # As the interpreter does: links resolved, so that a script finds what lies beside it.
     sys.path[0] = str(Path(program.target).resolve().parent)
+    file = str(Path(program.target).absolute())
     main = ModuleType("__main__")
-    main.__dict__.update(
-        __file__=program.target, __builtins__=__builtins__, __spec__=None, __cached__=None
-    )
+    main.__dict__.update(__file__=file, __builtins__=__builtins__, __spec__=None, __cached__=None)
     sys.modules["__main__"] = main
-    with io.open_code(program.target) as file:
-        source = file.read()
-    exec(compile(source, program.target, "exec"), main.__dict__)  # noqa: S102 - the user's script
+    with io.open_code(file) as opened:
+        source = opened.read()
+    exec(compile(source, file, "exec"), main.__dict__)  # noqa: S102 - the user's script
 
 
 def _join_threads() -> None:
@@ -161,7 +160,8 @@ def _exit_status(code: Any) -> int:
 def _print_traceback(error: BaseException) -> None:
     hook = sys.excepthook
     try:
-        hook(type(error), error, _without_own_frames(error.__traceback__))
+        shown = error.with_traceback(_without_own_frames(error.__traceback__))
+        hook(type(shown), shown, shown.__traceback__)
     except BaseException:  # noqa: BLE001 - a broken hook must not hide the program's own error
         traceback.print_exception(error)
 

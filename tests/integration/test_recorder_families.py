@@ -1,0 +1,253 @@
+"""Tiny random models of many families: same outputs, whole rows, the model's own attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import kvtrace
+from kvtrace_recorder import record
+
+PROMPT, NEW = 21, 9
+_COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_GQA = {**_COMMON, "num_key_value_heads": 2}
+
+#: Name of the causal-LM class: its configuration. A window of 8 is shorter than the prompt.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": _GQA,
+    "Qwen2": _GQA,
+    "Qwen3": {**_GQA, "head_dim": 16},
+    "Mistral": {**_GQA, "sliding_window": 8},
+    "Gemma2": {**_GQA, "head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": 5.0},
+    "Gemma3": {
+        **_GQA,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "GPT2": {
+        "vocab_size": 96,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    },
+    "GPTNeoX": _COMMON,
+    "Phi": _GQA,
+    "Phi3": {**_GQA, "sliding_window": None},
+    "Olmo": _GQA,
+    "Mixtral": {**_GQA, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "GptOss": {
+        **_GQA,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+#: Kernels that transformers does not offer to a family.
+EAGER_ONLY = {"Gemma2", "GptOss"}
+CASES = [
+    (family, kernel)
+    for family in FAMILIES
+    for kernel in ("eager", "sdpa")
+    if not (kernel == "sdpa" and family in EAGER_ONLY)
+]
+_CLASSES = {
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(family: str, kernel: str) -> Any:
+    config_name, model_name = _CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
+    config = getattr(transformers, config_name)(**FAMILIES[family])
+    torch.manual_seed(7)
+    model = getattr(transformers, model_name)._from_config(config, attn_implementation=kernel)
+    # Small default weights make attention almost uniform; a wrong mask or scale would hide in it.
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight.mul_(6)
+    return model.eval()
+
+
+def prompt() -> torch.Tensor:
+    return torch.randint(3, 96, (1, PROMPT), generator=torch.Generator().manual_seed(3))
+
+
+def greedy(model: Any, ids: torch.Tensor, **options: Any) -> Any:
+    options = {"attention_mask": torch.ones_like(ids), **options}
+    return model.generate(
+        ids,
+        max_new_tokens=NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+def own_attention(model: Any, ids: torch.Tensor) -> list[np.ndarray[Any, Any]]:
+    """[q_head, row, key] of each layer by an eager run of the same weights."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        return [a[0].numpy() for a in model(ids, output_attentions=True).attentions]
+
+
+@pytest.mark.parametrize(("family", "kernel"), CASES)
+def test_outputs_are_bit_identical_and_attention_is_the_models_own(
+    family: str, kernel: str, tmp_path: Path
+) -> None:
+    model = build(family, kernel)
+    ids = prompt()
+    plain = greedy(model, ids)
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+        recorded = greedy(model, ids)
+    again = greedy(model, ids)
+
+    for other in (recorded, again):
+        assert torch.equal(plain.sequences, other.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(plain.logits, other.logits, strict=True))
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert trace.status == "complete"
+    assert trace.rows == recording.rows == PROMPT + NEW - 1
+    assert trace.signals >= {"q", "k", "v", "lse"}
+    assert [r.tokens for r in trace.requests()] == [PROMPT + NEW - 1]
+    ids_recorded = trace.tokens(0)["token_id"].to_pylist()
+    assert ids_recorded == plain.sequences[0, :-1].tolist()
+    own = own_attention(model, plain.sequences[:, :-1])
+    for layer, expected in enumerate(own):
+        for head in range(len(expected)):
+            np.testing.assert_allclose(trace.attention(layer, head), expected[head], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
+def test_float16_traces_agree_to_two_thousandths(family: str, tmp_path: Path) -> None:
+    model = build(family, "eager")
+    with record(model, tmp_path / "a.kvtrace", strict=True):
+        sequences = greedy(model, prompt()).sequences
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    for layer, expected in enumerate(own_attention(model, sequences[:, :-1])):
+        for head in range(len(expected)):
+            found = trace.attention(layer, head)
+            np.testing.assert_allclose(found, expected[head], atol=2e-3)
+            if family != "GptOss":
+                np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT2"])
+def test_left_padding_is_not_recorded(family: str, kernel: str, tmp_path: Path) -> None:
+    model = build(family, kernel)
+    full = prompt()
+    short = full[:, 9:]
+    batch = torch.cat([full, torch.cat([torch.zeros(1, 9, dtype=torch.long), short], 1)])
+    mask = (torch.arange(PROMPT) >= torch.tensor([[0], [9]])).long()
+    with record(model, tmp_path / "batch.kvtrace", dtype="float32", strict=True) as recording:
+        together = greedy(model, batch, attention_mask=mask).sequences
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "batch.kvtrace")
+    assert [r.prompt_tokens for r in trace.requests()] == [PROMPT, PROMPT - 9]
+    assert trace.tokens(1)["token_id"].to_pylist() == together[1, 9:-1].tolist()
+    for request, sequence in enumerate([together[:1, :-1], together[1:, 9:-1]]):
+        for layer, expected in enumerate(own_attention(model, sequence)):
+            for head in range(len(expected)):
+                found = trace.attention(layer, head, request=request)
+                np.testing.assert_allclose(found, expected[head], atol=1e-4)
+
+
+def test_right_padding_and_a_model_without_cache(tmp_path: Path) -> None:
+    model = build("Llama", "sdpa")
+    full = prompt()
+    batch = torch.cat([full, full])
+    batch[1, 12:] = 0
+    mask = torch.ones_like(batch)
+    mask[1, 12:] = 0
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True), torch.no_grad():
+        model(batch, attention_mask=mask, use_cache=False)
+        model(full[:, :5], use_cache=False)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert [r.tokens for r in trace.requests()] == [PROMPT, 12, 5]
+    assert trace.table("kv_events").num_rows == 0
+    for layer, expected in enumerate(own_attention(model, full[:, :12])):
+        found = trace.attention(layer, 1, request=1)
+        np.testing.assert_allclose(found, expected[1], atol=1e-5)
+
+
+def test_a_loop_by_hand_continues_its_requests(tmp_path: Path) -> None:
+    model = build("Qwen2", "sdpa")
+    ids = prompt()
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True), torch.no_grad():
+        first = model(ids[:, :10])
+        second = model(ids[:, 10:17], past_key_values=first.past_key_values)
+        model(ids[:, 17:18], past_key_values=second.past_key_values)
+        model(ids[:, :3])
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert [r.tokens for r in trace.requests()] == [18, 3]
+    assert trace.table("steps")["phase"].to_pylist() == ["prefill", "prefill", "decode", "prefill"]
+    for layer, expected in enumerate(own_attention(model, ids[:, :18])):
+        np.testing.assert_allclose(trace.attention(layer, 2), expected[2], atol=1e-5)
+
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_a_static_cache_is_recorded(kernel: str, tmp_path: Path) -> None:
+    model = build("Llama", kernel)
+    full = prompt()
+    batch = torch.cat([full, full])
+    batch[1, :4] = 0
+    mask = torch.ones_like(batch)
+    mask[1, :4] = 0
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+        out = greedy(model, batch, attention_mask=mask, cache_implementation="static").sequences
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert [r.tokens for r in trace.requests()] == [PROMPT + NEW - 1, PROMPT + NEW - 5]
+    for layer, expected in enumerate(own_attention(model, out[1:, 4:-1])):
+        np.testing.assert_allclose(trace.attention(layer, 3, request=1), expected[3], atol=1e-4)
+
+
+def test_cache_growth_is_recorded_by_layer_and_step(tmp_path: Path) -> None:
+    model = build("Llama", "sdpa")
+    with record(model, tmp_path / "a.kvtrace", strict=True):
+        greedy(model, prompt())
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    found = trace.sql(
+        "select step, layer, tokens, bytes from kv_events where event = 'grow' order by step, layer"
+    ).to_pylist()
+    assert len(found) == 2 * NEW
+    # Two sides, two heads of 12 float32 numbers.
+    assert found[0] == {"step": 0, "layer": 0, "tokens": PROMPT, "bytes": PROMPT * 2 * 2 * 12 * 4}
+    assert found[-1]["tokens"] == PROMPT + NEW - 1
+    assert trace.sql("select count(*) n from kv_events where event = 'free'").to_pylist() == [
+        {"n": 1}
+    ]
