@@ -24,6 +24,11 @@ def add_recording_options(parser: argparse.ArgumentParser, *, out: str) -> None:
         default="float16",
         help="storage type of q, k and v (default: float16)",
     )
+    add_force(parser)
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Declare --force."""
     parser.add_argument("--force", action="store_true", help="replace an existing trace")
 
 
@@ -35,7 +40,7 @@ def refuse_existing(path: Path, *, force: bool) -> None:
     TraceError
         Where `path` holds something and `force` is not given.
     """
-    if path.exists() and not force and any(path.iterdir() if path.is_dir() else [path]):
+    if path.exists() and not force and (not path.is_dir() or any(path.iterdir())):
         raise TraceError(
             f"{path} exists; a new path was expected; choose another --out,"
             " or --force to replace it"

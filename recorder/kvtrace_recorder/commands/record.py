@@ -18,11 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import kvtrace
-from kvtrace.console import human_bytes
-from kvtrace.errors import TraceError
 from kvtrace_recorder.child import run_command
 from kvtrace_recorder.commands.options import add_recording_options, refuse_existing
+from kvtrace_recorder.commands.summary import summary
 from kvtrace_recorder.launch import parse_program, run_program
 from kvtrace_recorder.session.recording import record
 
@@ -72,18 +70,3 @@ def run(args: argparse.Namespace) -> int:
         status = outcome.status
     print(summary(out), file=sys.stderr)
     return status
-
-
-def summary(path: Path) -> str:
-    """What was recorded, and what to do with it next."""
-    try:
-        trace = kvtrace.open(path)
-    except TraceError:
-        return f"kvtrace: nothing was recorded: no transformers model ran ({path} was not made)"
-    if not trace.rows:
-        return f"kvtrace: nothing was recorded: no transformers model ran ({path} is empty)"
-    return (
-        f"kvtrace: {trace.rows:,} tokens of {len(trace.requests())} requests in {path}"
-        f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
-        f" kvtrace replay {path} --policy h2o --budget 25%; kvtrace view {path.parent}"
-    )

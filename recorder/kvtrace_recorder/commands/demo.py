@@ -1,0 +1,75 @@
+"""Record the bundled model for real, replay the trace, open the viewer: kvtrace demo.
+
+Replaces the demo trace of an earlier run.
+
+Example: kvtrace demo --out traces
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import kvtrace.cli
+from kvtrace_recorder.commands.summary import summary
+
+POLICIES = ("full", "sliding_window", "streaming_llm", "lru", "h2o", "oracle")
+BUDGET = "25%"
+NEW_TOKENS = 200
+SEED = 7
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--out", metavar="DIR", default="traces", help="folder for demo.kvtrace (default: traces)"
+    )
+    parser.add_argument("--no-view", action="store_true", help="stop after the table")
+    parser.add_argument("--host", default="127.0.0.1", help="of the viewer (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8050, help="of the viewer (default: 8050)")
+    parser.add_argument(
+        "--force", action="store_true", help="accepted and not needed: a demo trace is replaced"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record, replay, view."""
+    trace = Path(args.out) / "demo.kvtrace"
+    _record(trace)
+    print(summary(trace), file=sys.stderr)
+    options = ["--budget", BUDGET, "--when", "step"]
+    chosen = [word for policy in POLICIES for word in ("--policy", policy)]
+    status = kvtrace.cli.main(["replay", str(trace), *chosen, *options])
+    if status or args.no_view:
+        return status
+    return kvtrace.cli.main(["view", args.out, "--host", args.host, "--port", str(args.port)])
+
+
+def _record(path: Path) -> None:
+    import torch
+
+    from kvtrace_recorder import demo
+    from kvtrace_recorder.session.recording import record
+
+    print("kvtrace: recording the bundled model ...", file=sys.stderr)
+    model, tokenizer = demo.load()
+    batch = tokenizer(demo.PROMPT, return_tensors="pt")
+    torch.manual_seed(SEED)
+    with record(
+        model,
+        path,
+        tokenizer=tokenizer,
+        force=True,
+        on_full="wait",
+        command=["kvtrace", "demo"],
+    ):
+        model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
+        )
