@@ -99,10 +99,10 @@ class Cache:
 
 def left_window(tokens: int, window: int | None) -> NDArray[np.int32]:
     """[token]: the last row whose query the model itself lets see the position, NEVER if all."""
-    if window is None or window >= tokens:
+    if window is None or window > tokens:
         return np.full(tokens, NEVER, dtype=np.int32)
     last = np.arange(tokens, dtype=np.int64) + window - 1
-    return np.where(last < tokens - 1, last, NEVER).astype(np.int32)
+    return np.where(last < tokens, last, NEVER).astype(np.int32)
 
 
 def present(rows: Longs, window: int | None) -> Longs:

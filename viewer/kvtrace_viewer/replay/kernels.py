@@ -63,12 +63,13 @@ def count_hits(
 
 @jit
 def held_at_end(evicted_at: Ints, start: int, stop: int, held: Floats) -> int:
-    """Write held [key, pair] for the block's last row; return evictions inside the block."""
+    """Write held [panel, key, pair] for the block's last row; return evictions inside the block."""
     inside = 0
+    width = held.shape[2]
     for j in range(stop):
         for p in range(evicted_at.shape[1]):
             gone = evicted_at[j, p]
-            held[j, p] = gone >= stop - 1
+            held[p // width, j, p % width] = gone >= stop - 1
             inside += (gone >= start) & (gone < stop - 1)
     return inside
 

@@ -14,6 +14,10 @@ from kvtrace_viewer.replay.kernels import NEVER, add_back, add_far, count_hits, 
 MASS_STEPS = 10_000
 """Percentiles of mass are read from a histogram over multiples of 1/10,000: good to 5e-5."""
 
+PANEL = 16
+"""Pairs in one matrix product. Always the same, because BLAS rounds differently by shape, and a
+policy's numbers must not depend on which others are replayed with it."""
+
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]
 
@@ -126,9 +130,12 @@ def kept_mass(block: Block, gone: NDArray[np.int32]) -> NDArray[np.float32]:
     `gone` [key, pair] is the row after which each pair evicted a key.
     """
     group, rows, stop = block.attention.shape
-    held = np.empty(gone.shape, dtype=np.float32)
+    pairs = gone.shape[1]
+    held = np.zeros((-(-pairs // PANEL), stop, PANEL), dtype=np.float32)
     inside = held_at_end(gone, block.start, stop, held)
-    mass = (block.attention.reshape(-1, stop) @ held).reshape(group, rows, -1)
+    flat = block.attention.reshape(-1, stop)
+    mass = np.concatenate([flat @ panel for panel in held], axis=1)
+    mass = np.ascontiguousarray(mass[:, :pairs]).reshape(group, rows, pairs)
     if inside:
         add_back(block.attention, block.start, gone, mass)
     return mass

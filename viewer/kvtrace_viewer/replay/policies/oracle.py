@@ -70,7 +70,9 @@ class Oracle(Policy):
             at = np.searchsorted(state.cuts.rows, last_cut[measured])
             slots = np.minimum(state.cuts.limits[at], last_cut[measured, None] + 1)
             shares = 1.0 / (block.start + measured + 1)
-            state.paid += np.outer((slots * shares[:, None]).sum(axis=0), state.prices)
+            # cumsum adds row by row; sum would round by the number of budgets.
+            paid = (slots * shares[:, None]).cumsum(axis=0)[-1]
+            state.paid += np.outer(paid, state.prices)
 
     def scores(self, block: Block, cuts: Cuts, state: Foresight) -> Doubles:
         """Values [budget, cut, key] at the price that bounds each budget best."""

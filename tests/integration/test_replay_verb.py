@@ -1,0 +1,201 @@
+"""`kvtrace replay` and `replay()` on synthetic traces: results, what is stored, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kvtrace
+from kvtrace.cli import main
+from kvtrace.errors import InputError
+from kvtrace.testing import SyntheticTrace
+from kvtrace.writer import LayerSpec, TraceWriter
+from kvtrace_viewer.replay import POLICIES, replay, replayable
+
+KEYS = {
+    "policy",
+    "budget",
+    "when",
+    "exactness",
+    "tokens",
+    "hits",
+    "misses",
+    "evictions",
+    "retained_sinks",
+    "retained_mass",
+    "output_error",
+    "ties",
+}
+DECODED = [40] + [1] * 25
+
+
+def test_json_has_every_key_and_nothing_beats_the_bound(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    names = ["full", "sliding_window", "streaming_llm", "lru", "h2o", "oracle"]
+    policies = [word for name in names for word in ("--policy", name)]
+    args = ["replay", str(trace.path), *policies, "--budget", "25%", "--budget", "12"]
+    assert main([*args, "--when", "step", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(r["policy"], r["budget"]) for r in found] == [
+        (n, b) for n in names for b in ("25%", "12")
+    ]
+    bounds = {r["budget"]: r["bound"] for r in found if r["policy"] == "oracle"}
+    for r in found:
+        assert set(r) >= KEYS
+        assert r["when"] == "step"
+        assert r["tokens"] == 65
+        assert r["measured_rows"] == 25
+        if r["policy"] == "full":
+            assert r["retained_mass"] == pytest.approx(1, abs=1e-5)
+            assert (r["misses"], r["evictions"], r["output_error"]) == (0, 0, 0)
+        else:
+            assert r["hits"] > 0
+            assert r["misses"] > 0
+            assert 0 < r["retained_mass"] <= bounds[r["budget"]] + 1e-6
+
+
+def test_what_is_stored_is_what_was_returned(synthetic_trace: SyntheticTrace) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    results = replay(trace, ["h2o:sinks=2", "oracle"], ["25%"], when="step")
+    table = trace.replays()
+    assert table["replay"].to_pylist() == ["h2o.sinks=2-25pct-step", "oracle-25pct-step"]
+    for result, row in zip(results, table.to_pylist(), strict=True):
+        for name in ("hits", "misses", "evictions", "retained_mass", "bound", "ties", "sinks"):
+            assert row[name] == getattr(result, name)
+        store = trace.replay(result.id)
+        assert store.complete
+        np.testing.assert_array_equal(store.array("evicted_at").read(0, 65), result.evicted_at)
+        steps = store.table("replay_steps").to_pydict()
+        assert steps["position"] == list(range(40, 65))
+        assert sum(steps["hits"]) == result.hits
+        assert np.mean(steps["mass"]) == pytest.approx(result.retained_mass)
+        assert min(steps["mass_worst"]) == result.mass_worst
+        assert set(steps["held"]) <= {4 * (n // 4) for n in range(41, 66)}
+        heads = store.table("replay_heads").to_pydict()
+        assert list(zip(heads["layer"], heads["kv_head"], strict=True)) == [
+            (0, 0),
+            (0, 1),
+            (1, 0),
+            (1, 1),
+        ]
+        assert sum(heads["evictions"]) == result.evictions
+        assert (result.evicted_at >= 0).sum() == result.evictions
+    replay(trace, ["h2o:sinks=2"], ["25%"], when="step")
+    assert trace.replays().num_rows == 2, "the same replay replaces its result"
+
+
+def test_results_do_not_depend_on_what_else_is_replayed(synthetic_trace: SyntheticTrace) -> None:
+    trace = synthetic_trace(steps=[90] + [1] * 60)
+    names = list(POLICIES)
+    for when in ("step", "stream"):
+        together = replay(trace, names, ["10%", "25%", 30], when=when, store=False)
+        for i, name in enumerate(names):
+            alone = replay(trace, [name], ["25%"], when=when, store=False)[0]
+            beside = together[3 * i + 1]
+            assert alone.to_json() == beside.to_json()
+            assert alone.evicted_at.tobytes() == beside.evicted_at.tobytes()
+            for mine, other in ((alone.steps, beside.steps), (alone.heads, beside.heads)):
+                for column in mine:
+                    assert list(mine[column]) == list(other[column]), column
+
+
+def test_kept_file(synthetic_trace: SyntheticTrace, tmp_path: Path) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    file = tmp_path / "kept.json"
+    args = ["replay", str(trace.path), "--policy", "streaming_llm:sinks=3", "--budget", "10"]
+    assert main([*args, "--when", "prefill", "--no-store", "--kept", str(file)]) == 0
+    kept = json.loads(file.read_text())
+    want = [0, 1, 2, *range(33, 40)]
+    assert kept == {"streaming_llm:sinks=3@10": {x: dict.fromkeys("01", want) for x in "01"}}
+    assert main([*args, "--when", "step", "--no-store", "--kept", str(file)]) == 0
+    kept = json.loads(file.read_text())
+    assert kept["streaming_llm:sinks=3@10"]["1"]["0"] == [0, 1, 2, *range(58, 65)]
+    assert trace.replays().num_rows == 0
+
+
+def test_the_table_names_the_next_command(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    args = ["replay", str(trace.path), "--policy", "streaming_llm", "--policy", "oracle"]
+    assert main([*args, "--budget", "2"]) == 0
+    out = capsys.readouterr().out
+    assert f"kvtrace view {trace.path}" in out
+    assert "4 protected tokens do not fit" in out
+    assert "bound" in out
+
+
+def test_without_decoded_tokens_rates_are_null(synthetic_trace: SyntheticTrace) -> None:
+    trace = synthetic_trace(steps=[40])
+    result = replay(trace, ["h2o"], [10], when="step")[0]
+    assert result.to_json()["retained_mass"] is None
+    assert result.to_json()["output_error"] is None
+    assert result.measured_rows == result.hits == 0
+    assert [len(p) for heads in result.kept().values() for p in heads.values()] == [10] * 4
+    stream = replay(trace, ["h2o"], [10], when="stream")[0]
+    assert stream.measured_rows == 39
+
+
+def test_sliding_layers_never_hold_what_the_model_dropped(synthetic_trace: SyntheticTrace) -> None:
+    specs = [
+        LayerSpec(0, 4, 2, 16, 16, 0.25, attention_kind="sliding", sliding_window=16),
+        LayerSpec(1, 4, 4, 8, 8, 0.3, softcap=3.0),
+    ]
+    trace = synthetic_trace(steps=DECODED, specs=specs)
+    full, window = replay(trace, ["full", "sliding_window"], ["50%"], when="step")
+    assert full.evictions == 0
+    assert full.kept()[0][0].tolist() == list(range(50, 65))
+    assert full.kept()[1][3].tolist() == list(range(65))
+    assert window.kept()[0][0].tolist() == list(range(58, 65))
+    assert full.retained_mass == pytest.approx(1, abs=1e-5)
+
+
+def test_errors_are_one_line_and_misuse_exits_2(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(synthetic_trace().path)
+    for bad in (
+        ["--policy", "h20", "--budget", "25%"],
+        ["--policy", "h2o", "--budget", "0"],
+        ["--policy", "h2o", "--budget", "4", "--when", "later"],
+        ["--policy", "h2o", "--budget", "4", "--request", "7"],
+        ["--policy", "h2o", "--budget", "4", "--kept", "/nowhere/x.json"],
+    ):
+        assert main(["replay", path, *bad]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+    assert main(["replay", path, "--policy", "h2o"]) == 2
+    assert main(["replay", path, "--budget", "4"]) == 2
+
+
+def test_a_trace_without_queries_is_refused_with_the_reason(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "e.kvtrace", source="synthetic", detail="events") as writer:
+        model = writer.add_model(name="synthetic")
+        writer.add_layers(model, [LayerSpec(0, 2, 1, 4, 4, 0.5)])
+        writer.append("requests", {"request": [0], "run": [0], "model": [0], "prompt_tokens": [2]})
+        writer.append("steps", {"step": [0], "model": [0]})
+        columns = {"row": [0, 1], "step": [0, 0], "request": [0, 0], "position": [0, 1]}
+        writer.append("rows", {**columns, "has_query": [False, False]})
+        writer.append_layer(model, 0)
+    trace = kvtrace.open(tmp_path / "e.kvtrace")
+    with pytest.raises(InputError, match="the trace lacks k, q"):
+        replay(trace, ["lru"], [1])
+    assert {row["exactness"] for row in replayable(trace)} == {"no"}
+
+
+def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
+    TraceWriter(tmp_path / "e.kvtrace", source="synthetic").close()
+    with pytest.raises(InputError, match="holds no tokens"):
+        replay(kvtrace.open(tmp_path / "e.kvtrace"), ["lru"], [1])
+
+
+def test_replayable_lists_every_policy(synthetic_trace: SyntheticTrace) -> None:
+    rows = replayable(synthetic_trace())
+    assert [row["policy"] for row in rows] == list(POLICIES)
+    assert {row["policy"]: row["exactness"] for row in rows}["streaming_llm"] == "E0"

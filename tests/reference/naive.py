@@ -1,0 +1,259 @@
+"""The replay, step by step in plain Python, written from the definitions (docs/policies.md).
+
+One KV head, one policy, one budget. Slow on purpose: nothing is shared with the engine but the
+attention rows it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+@dataclass
+class Naive:
+    """What one policy does in one head."""
+
+    evicted_at: dict[int, int] = field(default_factory=dict)  # position -> row, policy or window
+    evictions: int = 0
+    mass: dict[int, list[float]] = field(default_factory=dict)  # row -> per query head
+    hits: dict[int, int] = field(default_factory=dict)
+    misses: dict[int, int] = field(default_factory=dict)
+    held: dict[int, list[int]] = field(default_factory=dict)  # after each row
+    cuts: list[int] = field(default_factory=list)
+    ties: int = 0
+    bound: float | None = None
+
+
+def budget_of(text: str, present: int) -> int:
+    """N, or max(1, floor(present * P / 100))."""
+    if text.endswith("%"):
+        return max(1, present * int(text[:-1]) // 100)
+    return int(text)
+
+
+def cut_rows(when: str, tokens: int, prompt: int) -> list[int]:
+    """Rows after which there is a cut."""
+    if when == "stream":
+        return list(range(tokens))
+    if when.startswith("every="):
+        step = int(when.removeprefix("every="))
+        return [i for i in range(prompt, tokens) if (i - prompt + 1) % step == 0]
+    rows = [prompt - 1] if prompt else []
+    return rows + list(range(prompt, tokens)) if when == "step" else rows
+
+
+def replay(
+    a: Array,
+    policy: str,
+    budget: str,
+    when: str,
+    prompt: int,
+    *,
+    sinks: int = 0,
+    recent: str = "0",
+    window: int | None = None,
+    sink_share: Array | None = None,
+    head: dict[str, Array] | None = None,
+    options: dict[str, Any] | None = None,
+) -> Naive:
+    """Replay one head.
+
+    Parameters
+    ----------
+    a : [query head, row, key]
+        Post-softmax attention, zero where a key is not visible.
+    policy, budget, when : str
+        As a user writes them, parameters apart.
+    prompt : int
+        Tokens of the prompt.
+    sinks, recent : protection
+    window : keys the model itself sees
+    sink_share : [query head, row], what a learned sink takes
+    head : k, v [token, d], and `layer` [row, key], the mean over the layer's query heads
+    options : the policy's own parameters
+    """
+    group, tokens, _ = a.shape
+    a = a.astype(np.float64)
+    outside = np.zeros((group, tokens)) if sink_share is None else sink_share
+    out = Naive(cuts=cut_rows(when, tokens, prompt))
+    score = SCORES[policy](a, outside, budget, out.cuts, window, head or {}, options or {})
+    out.bound = score.bound
+    cuts = set(out.cuts)
+    measured_from = out.cuts[0] + 1 if out.cuts else tokens
+    kept: list[int] = []
+    for i in range(tokens):
+        kept.append(i)
+        if i >= measured_from:
+            _measure(out, a, kept, i)
+        score.update(i, kept)
+        for j in [j for j in kept if window is not None and j <= i + 1 - window]:
+            kept.remove(j)
+            out.evicted_at[j] = i
+        present = i + 1 if window is None else min(i + 1, max(window - 1, 1))
+        if i in cuts and policy != "full":
+            _cut(out, score, kept, i, budget_of(budget, present), sinks, recent)
+        out.held[i] = list(kept)
+    return out
+
+
+def _measure(out: Naive, a: Array, kept: list[int], i: int) -> None:
+    group = a.shape[0]
+    out.mass[i] = [math.fsum(a[g, i, j] for j in kept) for g in range(group)]
+    needed = [(g, j) for g in range(group) for j in range(i + 1) if a[g, i, j] >= 1 / (i + 1)]
+    out.hits[i] = sum(j in kept for _, j in needed)
+    out.misses[i] = len(needed) - out.hits[i]
+
+
+def _cut(
+    out: Naive, score: Any, kept: list[int], i: int, limit: int, sinks: int, recent: str
+) -> None:
+    surplus = len(kept) - limit
+    if surplus <= 0:
+        return
+    first = min(sinks, limit)
+    wanted = limit * int(recent[:-1]) // 100 if recent.endswith("%") else int(recent)
+    last = min(wanted, limit - first)
+    candidates = [j for j in kept if j >= first and j <= i - last]
+    ranked = sorted(candidates, key=lambda j: (score.of(i, j), j))  # equal: the older first
+    for j in ranked[:surplus]:
+        kept.remove(j)
+        out.evicted_at[j] = i
+        out.evictions += 1
+    if surplus < len(ranked) and score.of(i, ranked[surplus - 1]) == score.of(i, ranked[surplus]):
+        out.ties += 1
+
+
+class Scores:
+    """Base: what a score may look at."""
+
+    bound: float | None = None
+
+    def __init__(
+        self,
+        a: Array,
+        outside: Array,
+        budget: str,
+        cuts: list[int],
+        window: int | None,
+        head: dict[str, Array],
+        options: dict[str, Any],
+    ) -> None:
+        self.a, self.outside, self.budget, self.cuts = a, outside, budget, cuts
+        self.window, self.head, self.options = window, head, options
+        self.group, self.tokens, _ = a.shape
+        self.start()
+
+    def start(self) -> None:
+        """Prepare."""
+
+    def update(self, i: int, kept: list[int]) -> None:
+        """See row i, with what is visible to it."""
+
+    def of(self, i: int, j: int) -> float:
+        """Score of token j after row i; higher = kept."""
+        raise NotImplementedError
+
+
+class Youngest(Scores):
+    """full, sliding_window, streaming_llm."""
+
+    def of(self, i: int, j: int) -> float:
+        return j
+
+
+class LastNeeded(Scores):
+    """lru."""
+
+    def start(self) -> None:
+        self.last = list(range(self.tokens))
+
+    def update(self, i: int, kept: list[int]) -> None:
+        for j in range(i + 1):
+            if any(self.a[g, i, j] >= 1 / (i + 1) for g in range(self.group)):
+                self.last[j] = i
+
+    def of(self, i: int, j: int) -> float:
+        return self.last[j]
+
+
+class Accumulated(Scores):
+    """h2o."""
+
+    def start(self) -> None:
+        self.sums = [0.0] * self.tokens
+
+    def update(self, i: int, kept: list[int]) -> None:
+        renormalise = self.options.get("renormalise", True)
+        for g in range(self.group):
+            total = 1.0
+            if renormalise:
+                total = sum(self.a[g, i, j] for j in kept) + self.outside[g, i]
+            for j in kept if renormalise else range(i + 1):
+                self.sums[j] += self.a[g, i, j] / total
+
+    def of(self, i: int, j: int) -> float:
+        return self.sums[j]
+
+
+class Future(Scores):
+    """oracle: prices, values backwards, the dual."""
+
+    def start(self) -> None:
+        if not self.cuts:
+            return
+        prices = np.geomspace(0.01, 40, self.options.get("prices", 16)) * self.group
+        if len(self.cuts) == 1:
+            prices = np.zeros(1)
+        duals = [self.solve(price) for price in prices]
+        self.bound = min(dual for dual, _ in duals)
+        self.values = duals[int(np.argmin([dual for dual, _ in duals]))][1]
+
+    def solve(self, price: float) -> tuple[float, dict[int, list[float]]]:
+        """The dual sum, and the values after each cut."""
+        received = self.a.sum(axis=0)
+        cuts, first = set(self.cuts), self.cuts[0]
+        value = [0.0] * self.tokens
+        at_cut: dict[int, list[float]] = {}
+        dual = 0.0
+        for i in range(self.tokens - 1, first - 1, -1):
+            if i in cuts:
+                value[: i + 1] = [max(v, 0.0) for v in value[: i + 1]]
+                at_cut[i] = list(value)
+            if i == first:
+                break
+            last_cut = max(c for c in cuts if c < i)
+            present = last_cut + 1
+            if self.window is not None:
+                present = min(present, max(self.window - 1, 1))
+            dual += received[i, i]
+            dual += price / (i + 1) * min(budget_of(self.budget, present), last_cut + 1)
+            for j in range(i):
+                value[j] += received[i, j] - (price / (i + 1) if j <= last_cut else 0)
+            dual += value[i]
+        present = first + 1
+        if self.window is not None:
+            present = min(present, max(self.window - 1, 1))
+        best = sorted(at_cut[first][: first + 1], reverse=True)
+        return dual + sum(best[: budget_of(self.budget, present)]), at_cut
+
+    def of(self, i: int, j: int) -> float:
+        return self.values[i][j]
+
+
+SCORES: dict[str, type[Scores]] = {
+    "full": Youngest,
+    "sliding_window": Youngest,
+    "streaming_llm": Youngest,
+    "lru": LastNeeded,
+    "h2o": Accumulated,
+    "oracle": Future,
+}
+PROTECTION: dict[str, dict[str, Any]] = {"streaming_llm": {"sinks": 4}, "h2o": {"recent": "50%"}}
+"""What the policies protect by default."""

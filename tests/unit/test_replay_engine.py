@@ -1,0 +1,123 @@
+"""The engine equals the naive step-by-step replay in every eviction, hit and mass."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.reference import naive
+from tests.reference.heads import (
+    attention,
+    kvpress_heads,
+    random_weights_heads,
+    synthetic_head,
+    with_lse,
+)
+
+from kvtrace_viewer.replay import POLICIES, Head, Measures, parse_budget, parse_policy, parse_when
+from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer
+from kvtrace_viewer.replay.kernels import NEVER
+from kvtrace_viewer.replay.totals import StepTotals
+
+BUDGETS = ["10%", "25%", "60%", "7", "30"]
+WHENS = ["prefill", "step", "every=5", "stream"]
+SPECS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    **{name: (name, naive.PROTECTION.get(name, {}), {}) for name in POLICIES},
+    "h2o:renormalise=false": ("h2o", {"recent": "50%"}, {"renormalise": False}),
+    "lru:sinks=2,recent=3": ("lru", {"sinks": 2, "recent": "3"}, {}),
+    "sliding_window:sinks=9,recent=40%": ("sliding_window", {"sinks": 9, "recent": "40%"}, {}),
+    "oracle:prices=5,recent=2": ("oracle", {"recent": "2"}, {"prices": 5}),
+}
+
+
+def engine(heads: list[Head], specs: list[str], budgets: list[str], when: str) -> list[HeadReplay]:
+    runs = [
+        Run(parse_policy(s), parse_when(when), [parse_budget(b) for b in budgets]) for s in specs
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        return replay_layer(heads, runs, Measures(), pool, lambda count: None)
+
+
+def compare(heads: list[Head], specs: list[str], when: str) -> None:
+    maps = [attention(head) for head in heads]
+    layer = np.concatenate(maps).mean(axis=0, dtype=np.float64)
+    for found, a, head in zip(engine(heads, specs, BUDGETS, when), maps, heads, strict=True):
+        totals = found.summarise(StepTotals.zeros(len(specs) * len(BUDGETS), head.tokens))
+        share = np.maximum(1 - a.sum(axis=2, dtype=np.float64), 0) if head.has_sinks else None
+        inputs = {"k": head.k, "v": head.v, "layer": layer}
+        for s, spec in enumerate(specs):
+            name, protection, options = SPECS[spec]
+            for b, budget in enumerate(BUDGETS):
+                want = naive.replay(
+                    a,
+                    name,
+                    budget,
+                    when,
+                    head.prompt_tokens,
+                    window=head.window,
+                    sink_share=share,
+                    head=inputs,
+                    options=options,
+                    **protection,
+                )
+                p = s * len(BUDGETS) + b
+                check(found, totals, p, want, f"{spec}@{budget}/{when}")
+
+
+def check(found: HeadReplay, totals: Any, p: int, want: naive.Naive, where: str) -> None:
+    at = found.evicted_at[:, p]
+    got = {int(j): int(at[j]) for j in np.flatnonzero(at != NEVER)}
+    assert got == want.evicted_at, where
+    assert totals.evictions[p] == want.evictions, where
+    rows = sorted(want.mass)
+    measures = found.measures
+    assert np.flatnonzero(np.isfinite(measures.mass[p, 0])).tolist() == rows, where
+    assert measures.hits[p, rows].tolist() == [want.hits[i] for i in rows], where
+    assert measures.misses[p, rows].tolist() == [want.misses[i] for i in rows], where
+    masses = np.array([want.mass[i] for i in rows]).reshape(len(rows), found.head.group)
+    np.testing.assert_allclose(measures.mass[p][:, rows].T, masses, atol=1e-6, err_msg=where)
+    assert totals.ties[p] == want.ties, where
+    if want.bound is not None:
+        np.testing.assert_allclose(totals.bound[p], want.bound, rtol=1e-9, err_msg=where)
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_equals_naive_on_a_random_weights_run(when: str) -> None:
+    compare(random_weights_heads(), list(SPECS), when)
+
+
+@pytest.mark.parametrize("when", ["prefill", "step", "every=8"])
+def test_equals_naive_on_kvpress_a(when: str) -> None:
+    compare(kvpress_heads(1), list(SPECS), when)
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_equals_naive_under_window_softcap_and_learned_sink(when: str) -> None:
+    head = synthetic_head(3, 90, 70)
+    for changed in (
+        replace(head, window=20),
+        with_lse(replace(head, softcap=1.5)),
+        with_lse(head, learned_sink=2.0),
+        with_lse(replace(head, window=33), learned_sink=1.0),
+    ):
+        compare([changed], list(SPECS), when)
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 64, 65, 90])
+def test_equals_naive_wherever_the_prompt_ends(prompt: int) -> None:
+    for when in WHENS:
+        compare([synthetic_head(4, 90, prompt)], list(SPECS), when)
+
+
+def test_attention_is_the_softmax_of_the_scores() -> None:
+    head = with_lse(replace(synthetic_head(1, 150, 100), softcap=2.0, window=70), 0.5)
+    scores = np.einsum("igd,jd->gij", head.q.astype(float), head.k.astype(float)) * head.scale
+    scores = np.exp(2.0 * np.tanh(scores / 2.0))
+    distance = np.subtract.outer(np.arange(150), np.arange(150))
+    scores[:, (distance < 0) | (distance >= 70)] = 0
+    want = scores / (scores.sum(axis=2, keepdims=True) + np.exp(0.5))
+    np.testing.assert_allclose(attention(head), want, atol=2e-6)
+    np.testing.assert_allclose(attention(replace(head, lse=None)).sum(axis=2), 1, atol=1e-5)
