@@ -132,8 +132,15 @@ class Pipeline:
                 self.failure = error
                 self._messages.clear()
                 self._changed.notify_all()
+            self._close_after_failure()
         finally:
             self._progress.clear()
+
+    def _close_after_failure(self) -> None:
+        try:
+            self._writer.close(complete=False)
+        except Exception as error:  # noqa: BLE001 - the first failure is the one to report
+            print(f"kvtrace: the trace could not be sealed: {error}", file=sys.stderr)
 
     def _drain(self) -> None:
         due = time.monotonic() + COMMIT_SECONDS

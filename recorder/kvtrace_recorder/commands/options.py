@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kvtrace.errors import TraceError
 from kvtrace.layout import DETAIL_ARRAYS
+from kvtrace.manifest import is_trace
 
 
 def add_recording_options(parser: argparse.ArgumentParser, *, out: str) -> None:
@@ -38,9 +39,15 @@ def refuse_existing(path: Path, *, force: bool) -> None:
     Raises
     ------
     TraceError
-        Where `path` holds something and `force` is not given.
+        Where `path` is no trace, or is one and `force` is not given.
     """
-    if path.exists() and not force and (not path.is_dir() or any(path.iterdir())):
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not is_trace(path):
+        raise TraceError(
+            f"{path} exists and is not a trace; a new path was expected; choose another --out"
+        )
+    if not force:
         raise TraceError(
             f"{path} exists; a new path was expected; choose another --out,"
             " or --force to replace it"

@@ -46,15 +46,20 @@ def import_file(path: Path, out: Path, *, force: bool, command: Sequence[str]) -
     TraceError
         Where `out` exists and may not be replaced.
     """
-    with _QkvFile(path) as file, TraceWriter(
-        out,
-        source="imported",
-        command=command,
-        dtype=file.dtype,
-        extra=("q_prerope",) if file.has_prerope else (),
-        force=force,
-    ) as writer:
-        _write(writer, file)
+    with _QkvFile(path) as file:
+        # Everything is checked before anything is made.
+        specs = [file.spec(layer, file.rows(layer)) for layer in range(file.layers)]
+        file.check_wo(specs)
+        writer = TraceWriter(
+            out,
+            source="imported",
+            command=command,
+            dtype=file.dtype,
+            extra=("q_prerope",) if file.has_prerope else (),
+            force=force,
+        )
+        with writer:
+            _write(writer, file, specs)
 
 
 class _QkvFile:
@@ -96,6 +101,11 @@ class _QkvFile:
         """Number of tokens."""
         return len(self.ids)
 
+    def rows(self, layer: int) -> dict[str, Array]:
+        """q, k, v and, where the file has them, q_prerope of a layer, `[token, head, head_dim]`."""
+        kinds = (*_KINDS, "q_prerope") if self.has_prerope else _KINDS
+        return {kind: self.array(kind, layer) for kind in kinds}
+
     def array(self, kind: str, layer: int) -> Array:
         """One array of the file as `[token, head, head_dim]`."""
         name = f"{kind}{layer}"
@@ -121,6 +131,9 @@ class _QkvFile:
             found = ", ".join(f"{n}{layer} {list(x.shape[1:])}" for n, x in rows.items())
             expected = "one head_dim in q and k, and q heads a multiple of k and v heads"
             raise self._wrong(f"layer {layer}", f"[head, head_dim] of {found}", expected, "fix it")
+        if "q_prerope" in rows and rows["q_prerope"].shape != q.shape:
+            found = f"q_prerope {list(rows['q_prerope'].shape)}"
+            raise self._wrong(f"layer {layer}", found, f"{list(q.shape)} as q", "fix it")
         return LayerSpec(
             layer=layer,
             num_q_heads=q.shape[1],
@@ -129,6 +142,15 @@ class _QkvFile:
             value_dim=v.shape[2],
             scale=q.shape[2] ** -0.5,
         )
+
+    def check_wo(self, specs: Sequence[LayerSpec]) -> None:
+        """Refuse output projections that do not fit the layers."""
+        if self.wo is None:
+            return
+        widths = {spec.num_q_heads * spec.value_dim for spec in specs}
+        if self.wo.ndim != 3 or len(self.wo) != len(specs) or {self.wo.shape[2]} != widths:
+            expected = f"[{len(specs)} layers, hidden, q_head * head_dim = {sorted(widths)}]"
+            raise self._wrong("wo", f"shape {list(self.wo.shape)}", expected, "fix or drop it")
 
     def _ids(self) -> Array:
         if "ids" not in self._file.files:
@@ -169,17 +191,9 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _write(writer: TraceWriter, file: _QkvFile) -> None:
+def _write(writer: TraceWriter, file: _QkvFile, specs: list[LayerSpec]) -> None:
     model = writer.add_model(name=file.name, num_layers=file.layers, dtype=file.dtype)
-    # All layers are checked before the first row is written; q, k and v stay on disk until then.
-    kinds = (*_KINDS, "q_prerope") if file.has_prerope else _KINDS
-    writer.add_layers(
-        model,
-        [
-            file.spec(layer, {kind: file.array(kind, layer) for kind in kinds})
-            for layer in range(file.layers)
-        ],
-    )
+    writer.add_layers(model, specs)
     if file.wo is not None:
         writer.put_static("wo", file.wo, "layer,hidden,q_head_dim")
     prompt, tokens = file.prompt_tokens, file.tokens
@@ -188,9 +202,9 @@ def _write(writer: TraceWriter, file: _QkvFile) -> None:
     )
     rest: dict[int, dict[str, Array]] = {}
     _begin_step(writer, file, model, 0, 0, prompt)
-    for layer in range(file.layers):
-        rows = {kind: file.array(kind, layer) for kind in kinds}
-        rows["lse"] = _lse(file.spec(layer, {kind: rows[kind] for kind in kinds}), rows)
+    for layer, spec in enumerate(specs):
+        rows = file.rows(layer)
+        rows["lse"] = _lse(spec, rows)
         writer.append_layer(model, layer, **{kind: x[:prompt] for kind, x in rows.items()})
         rest[layer] = {kind: x[prompt:].copy() for kind, x in rows.items()}
     for number, position in enumerate(range(prompt, tokens), start=1):

@@ -56,6 +56,9 @@ def token_mask(mask: Any, past: int, batch: int, length: int) -> Bools:
         raise UnrecordableError(
             f"the attention mask covers {seen.shape[1]} of {past + length} tokens"
         )
+    if mask.ndim == 4 and (_own(mask, past, length) & ~columns).any():
+        # Padding sees nothing, itself included.
+        raise UnrecordableError("the mask hides earlier tokens from the last one")
     return np.broadcast_to(columns, (batch, length)).copy()
 
 
@@ -101,6 +104,11 @@ def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> No
                 f"the mask of layer {spec.layer} is not that of {spec.attention_kind} attention"
                 " over one sequence"
             )
+
+
+def _own(mask: torch.Tensor, past: int, length: int) -> Bools:
+    """[batch, length]: whether each token of the step sees itself, by a mask of four axes."""
+    return _seen(torch.diagonal(mask[:, 0, -length:, past : past + length], dim1=1, dim2=2))
 
 
 def _check_no_mask(step: ActiveStep, call: Call, spec: LayerSpec) -> None:

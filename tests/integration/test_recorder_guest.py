@@ -1,0 +1,384 @@
+"""A recorder is a guest: it restores what it patched and never breaks the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
+
+import kvtrace
+from kvtrace.errors import InputError, TraceError
+from kvtrace_recorder import record
+from kvtrace_recorder.scribe import Scribe
+from kvtrace_recorder.session.session import Session
+
+PATCHED = [
+    (PreTrainedModel, "__call__"),
+    (AttentionInterface, "get_interface"),
+    (Cache, "crop"),
+    (Cache, "reorder_cache"),
+    (Cache, "batch_repeat_interleave"),
+    (Cache, "batch_select_indices"),
+]
+
+
+def patched_state() -> list[Any]:
+    return [owner.__dict__.get(name, "absent") for owner, name in PATCHED]
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    before, threads = patched_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    assert patched_state() == before
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+IDS = torch.tensor([[5, 9, 33, 12, 7, 8]])
+
+
+def greedy(model: Any, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
+    given = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    found: torch.Tensor = model.generate(ids, **{**given, "eos_token_id": None, **options})
+    return found
+
+
+def gaps(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = kvtrace.open(path).table("gaps").to_pylist()
+    return found
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_everything_is_restored_and_the_trace_kept_after_an_exception(
+    error: type[BaseException], model: Any, tmp_path: Path
+) -> None:
+    before = patched_state()
+
+    def interrupted() -> None:
+        with record(model, tmp_path / "a.kvtrace"):
+            assert patched_state() != before
+            greedy(model)
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert patched_state() == before
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert (trace.status, trace.rows) == ("cut off", 11)
+
+
+def test_a_forward_pass_that_raises_is_a_gap_and_ends_its_request(
+    model: Any, tmp_path: Path
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("a layer of the user's")
+
+    with record(model, tmp_path / "a.kvtrace", strict=True):
+        cache = model(IDS).past_key_values
+        handle = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="of the user's"):
+            model(IDS[:, :1], past_key_values=cache)
+        handle.remove()
+        model(IDS[:, :2])
+    assert [(g["count"], g["reason"]) for g in gaps(tmp_path / "a.kvtrace")] == [
+        (1, "the forward pass raised")
+    ]
+    assert [r.tokens for r in kvtrace.open(tmp_path / "a.kvtrace").requests()] == [6, 2]
+
+
+@pytest.mark.parametrize("tap", ["begin", "attention", "end", "cache_changed"])
+def test_a_tap_that_raises_goes_silent_and_the_model_goes_on(
+    tap: str,
+    model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = greedy(model, num_beams=2)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("in the tap")
+
+    monkeypatch.setattr(Session, tap, fail)
+    with record(model, tmp_path / "a.kvtrace"):
+        assert torch.equal(greedy(model, num_beams=2), plain)
+        assert torch.equal(greedy(model, num_beams=2), plain)
+    assert capsys.readouterr().err.count("in the tap") >= 1
+    found = [g for g in gaps(tmp_path / "a.kvtrace") if "tap" in g["what"]]
+    assert len(found) == 1
+    assert "ZeroDivisionError: in the tap" in found[0]["reason"]
+
+
+def test_a_tap_that_raises_in_the_middle_keeps_what_came_before(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Session.attention, [0]
+
+    def fail_later(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] > 5:
+            raise ZeroDivisionError("in the tap")
+        original(*args)
+
+    monkeypatch.setattr(Session, "attention", fail_later)
+    with record(model, tmp_path / "a.kvtrace"):
+        greedy(model)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    # Two whole steps of two layers each; the steps themselves are all there.
+    assert (trace.rows, trace.table("steps").num_rows) == (7, 6)
+    assert sum(g["count"] for g in gaps(tmp_path / "a.kvtrace") if g["what"] == "tokens") == 4
+
+
+def test_strict_raises(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("in the tap")
+
+    monkeypatch.setattr(Session, "attention", fail)
+    with (
+        pytest.raises(ZeroDivisionError, match="in the tap"),
+        record(model, tmp_path / "a.kvtrace", strict=True),
+    ):
+        greedy(model)
+
+
+def test_a_writer_that_fails_leaves_the_model_alone(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    plain = greedy(model)
+    monkeypatch.setattr(Scribe, "write", full)
+    with record(model, tmp_path / "a.kvtrace", on_full="wait"):
+        assert torch.equal(greedy(model), plain)
+    assert "No space left on device" in capsys.readouterr().err
+    with (
+        pytest.raises(TraceError, match="No space left"),
+        record(model, tmp_path / "b.kvtrace", strict=True),
+    ):
+        greedy(model)
+
+
+class _Brake:
+    """Holds the writer thread until released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        original = Scribe.write
+
+        def write(*args: Any) -> None:
+            self.go.wait()
+            original(*args)
+
+        monkeypatch.setattr(Scribe, "write", write)
+
+
+def test_a_full_queue_drops_whole_steps_and_says_so(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brake = _Brake(monkeypatch)
+    with record(model, tmp_path / "a.kvtrace", queue_bytes=6000) as recording:
+        greedy(model)
+        brake.go.set()
+        while recording.steps < 6:
+            time.sleep(0.01)
+        greedy(model, max_new_tokens=1)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    first, second = trace.requests()
+    assert 6 <= first.tokens < 11
+    assert second.tokens == 6
+    lost = 11 - first.tokens
+    (gap,) = gaps(tmp_path / "a.kvtrace")
+    assert (gap["what"], gap["count"]) == ("tokens", lost)
+    assert "whole steps are dropped" in gap["reason"]
+    assert recording.dropped_tokens >= 1
+    assert trace.table("steps").num_rows == 7
+    assert trace.attention(1, 3).shape == (first.tokens, first.tokens)
+
+
+def test_on_full_wait_loses_nothing(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brake = _Brake(monkeypatch)
+    threading.Timer(0.3, brake.go.set).start()
+    with record(model, tmp_path / "a.kvtrace", queue_bytes=6000, on_full="wait") as recording:
+        greedy(model)
+    assert (recording.rows, recording.gaps) == (11, {})
+
+
+def test_one_recording_at_a_time(model: Any, tmp_path: Path) -> None:
+    with record(model, tmp_path / "a.kvtrace") as first:
+        with (
+            pytest.raises(TraceError, match="one at a time"),
+            record(model, tmp_path / "b.kvtrace"),
+        ):
+            pass
+        greedy(model)
+    with pytest.raises(TraceError, match="entered before"), first:
+        pass
+    assert not (tmp_path / "b.kvtrace").exists()
+    with record(model, tmp_path / "b.kvtrace"):
+        greedy(model)
+    assert kvtrace.open(tmp_path / "b.kvtrace").rows == kvtrace.open(tmp_path / "a.kvtrace").rows
+
+
+def test_bad_arguments_are_refused_before_anything_is_made(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.kvtrace"
+    with pytest.raises(InputError, match="on_full 'never'"):
+        record(model, path, on_full="never")
+    with pytest.raises(InputError, match="a Linear was given; a transformers model was expected"):
+        record(torch.nn.Linear(2, 2), path)
+    bad: list[dict[str, Any]] = [{"detail": "all"}, {"dtype": "int8"}]
+    for options in bad:
+        with pytest.raises(InputError, match="was expected"), record(model, path, **options):
+            pass
+    assert not path.exists()
+
+
+def test_an_existing_trace_is_replaced_only_by_force(model: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.kvtrace"
+    with record(model, path):
+        greedy(model)
+    with pytest.raises(TraceError, match="--force"), record(model, path):
+        pass
+    with record(model, path, force=True):
+        greedy(model, max_new_tokens=2)
+    assert kvtrace.open(path).rows == 7
+
+
+def test_any_model_is_recorded_when_none_is_named(model: Any, tmp_path: Path) -> None:
+    other = LlamaForCausalLM(model.config).eval()
+    with record(None, tmp_path / "a.kvtrace", strict=True):
+        greedy(model)
+        greedy(other, max_new_tokens=3)
+        model.model(IDS)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert [(r.model, r.tokens) for r in trace.requests()] == [(0, 11), (1, 8), (2, 6)]
+    assert trace.sql("select architecture from models order by model").to_pylist() == [
+        {"architecture": "LlamaForCausalLM"},
+        {"architecture": "LlamaForCausalLM"},
+        {"architecture": "LlamaModel"},
+    ]
+
+
+def test_only_the_named_model_is_recorded(model: Any, tmp_path: Path) -> None:
+    other = LlamaForCausalLM(model.config).eval()
+    with record(model, tmp_path / "a.kvtrace", strict=True):
+        greedy(other)
+        greedy(model)
+    assert len(kvtrace.open(tmp_path / "a.kvtrace").requests()) == 1
+
+
+def test_a_model_in_another_thread_is_recorded(model: Any, tmp_path: Path) -> None:
+    with record(model, tmp_path / "a.kvtrace", strict=True):
+        threads = [threading.Thread(target=greedy, args=(model,)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [r.tokens for r in kvtrace.open(tmp_path / "a.kvtrace").requests()] == [11, 11, 11]
+
+
+def test_a_cache_that_is_reordered_or_cropped_stops_being_recorded(
+    model: Any, tmp_path: Path
+) -> None:
+    with record(model, tmp_path / "a.kvtrace", strict=True), torch.no_grad():
+        cache = model(IDS).past_key_values
+        cache.crop(-2)
+        model(IDS[:, :1], past_key_values=cache)
+        cache = model(IDS.repeat(2, 1)).past_key_values
+        cache.reorder_cache(torch.tensor([0, 1]))
+        cache = model(IDS[:, :1].repeat(2, 1), past_key_values=cache).past_key_values
+        cache.reorder_cache(torch.tensor([1, 0]))
+        model(IDS[:, :1].repeat(2, 1), past_key_values=cache)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert [r.tokens for r in trace.requests()] == [6, 7, 7]
+    assert [(g["count"], g["reason"].split(";")[0]) for g in gaps(tmp_path / "a.kvtrace")] == [
+        (1, "the cache was changed between steps (crop)"),
+        (2, "the cache was changed between steps (reorder)"),
+    ]
+
+
+def test_a_cache_that_was_filled_before_is_a_gap(model: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+        with record(model, tmp_path / "a.kvtrace", strict=True):
+            model(IDS[:, :1], past_key_values=cache)
+    (gap,) = gaps(tmp_path / "a.kvtrace")
+    assert gap["reason"] == "the cache already held 6 tokens when it was first seen"
+
+
+def test_a_mask_that_is_not_causal_is_a_gap(model: Any, tmp_path: Path) -> None:
+    packed = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    packed[0, 0, :3, :3] = torch.ones(3, 3).tril().bool()
+    packed[0, 0, 3:, 3:] = torch.ones(3, 3).tril().bool()
+    with record(model, tmp_path / "a.kvtrace", strict=True), torch.no_grad():
+        model(IDS, attention_mask=packed)
+        model(IDS[:, :3], attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    hidden, shown = gaps(tmp_path / "a.kvtrace")
+    assert (hidden["count"], shown["count"]) == (6, 3)
+    assert hidden["reason"] == "the mask hides earlier tokens from the last one"
+    assert "is not that of full attention" in shown["reason"]
+    assert kvtrace.open(tmp_path / "a.kvtrace").rows == 0
+
+
+def test_rows_that_have_ended_are_not_fed_into_the_trace(model: Any, tmp_path: Path) -> None:
+    ids = IDS.repeat(2, 1)
+    ids[1, 0] = 40
+    plain = greedy(model, ids, eos_token_id=None)
+    stop = int(plain[0, 7])
+    model.generation_config.eos_token_id = stop
+    with record(model, tmp_path / "a.kvtrace", strict=True):
+        out = greedy(model, ids, eos_token_id=stop)
+    ended = out[0].tolist().index(stop) + 1
+    assert out[0, ended:].tolist() == [0] * (out.shape[1] - ended)
+    assert kvtrace.open(tmp_path / "a.kvtrace").requests()[0].tokens == ended
+
+
+def test_events_only(model: Any, tmp_path: Path) -> None:
+    with record(model, tmp_path / "a.kvtrace", detail="events", strict=True):
+        greedy(model)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert (trace.rows, trace.signals, len(trace.layers)) == (11, frozenset(), 2)
+    assert not any(trace.table("rows")["has_query"].to_pylist())
+
+
+def test_training_is_recorded_without_changing_the_gradient(model: Any, tmp_path: Path) -> None:
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        return model.lm_head.weight.grad.clone()  # type: ignore[no-any-return]
+
+    model.train()
+    model.activation_checkpointing_enable()
+    plain = gradient()
+    with record(model, tmp_path / "a.kvtrace", strict=True) as recording:
+        assert torch.equal(gradient(), plain)
+    assert (recording.rows, recording.gaps) == (6, {})
