@@ -117,7 +117,7 @@ class Needed:
     starts : int64 [row * query head + 1]
         Where the keys of (row, query head) begin in `keys`; query heads vary fastest.
     keys : int32
-        Needed key positions, ascending within a (row, query head).
+        Needed key positions, ascending within a (row, query head); the last one means nothing.
     """
 
     starts: NDArray[np.int64]
@@ -173,6 +173,6 @@ class Block:
         starts = np.zeros(rows * group + 1, dtype=np.int64)
         count_needed(self.attention, self.start, self.needed_share, starts)
         np.cumsum(starts, out=starts)
-        keys = np.empty(starts[-1], dtype=np.int32)
+        keys = np.empty(starts[-1] + 1, dtype=np.int32)
         fill_needed(self.attention, self.start, self.needed_share, starts, keys)
         return Needed(starts, keys)

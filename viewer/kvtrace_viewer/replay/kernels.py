@@ -31,20 +31,17 @@ def count_needed(attention: Floats, start: int, share: float, starts: Longs) -> 
 
 @jit
 def fill_needed(attention: Floats, start: int, share: float, starts: Longs, keys: Ints) -> None:
-    """Write the needed keys, ascending, at their `starts`."""
+    """Write the needed keys, ascending, at their `starts`; `keys` has one place to spare."""
     group, rows, _ = attention.shape
     for r in range(rows):
         limit = share / (start + r + 1)
         for g in range(group):
             row = attention[g, r]
             at = starts[r * group + g]
-            end = starts[r * group + g + 1]
-            j = 0
-            while at < end:
-                if row[j] >= limit:
-                    keys[at] = j
-                    at += 1
-                j += 1
+            for j in range(start + r + 1):
+                # Written always, kept when needed: a branch here costs as much as the softmax.
+                keys[at] = j
+                at += row[j] >= limit
 
 
 @jit
@@ -72,6 +69,21 @@ def held_at_end(evicted_at: Ints, start: int, stop: int, held: Floats) -> int:
             held[p // width, j, p % width] = gone >= stop - 1
             inside += (gone >= start) & (gone < stop - 1)
     return inside
+
+
+@jit
+def held_at_row(evicted_at: Ints, row: int, held: Floats) -> None:
+    """Write held [panel, pair, key] for one row; the first pair of each panel holds everything.
+
+    `evicted_at` is [pair, key] here.
+    """
+    width = held.shape[1] - 1
+    for panel in range(held.shape[0]):
+        held[panel, 0] = 1
+    for p in range(evicted_at.shape[0]):
+        line = held[p // width, 1 + p % width]
+        for j in range(held.shape[2]):
+            line[j] = evicted_at[p, j] >= row
 
 
 @jit

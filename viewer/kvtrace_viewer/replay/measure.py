@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import left_window
-from kvtrace_viewer.replay.kernels import NEVER, add_back, add_far, count_hits, held_at_end
+from kvtrace_viewer.replay.kernels import (
+    NEVER,
+    add_back,
+    add_far,
+    count_hits,
+    held_at_end,
+    held_at_row,
+)
 
 MASS_STEPS = 10_000
 """Percentiles of mass are read from a histogram over multiples of 1/10,000: good to 5e-5."""
@@ -43,7 +50,7 @@ class Measures:
     needed_share: float = 1.0
     sink_share: float = 0.1
     sink_distance: int = 64
-    output_rows: int = 512
+    output_rows: int = 256
 
 
 class HeadMeasures:
@@ -146,26 +153,31 @@ def output_errors(block: Block, gone: NDArray[np.int32], rows: Longs) -> Doubles
 
     o_S is renormalised over the kept keys (and a learned sink's share, where there is one).
     `rows` index into the block.
+
+    Raises
+    ------
+    ValueError
+        Where the trace has no values.
     """
-    v = block.head.v
-    if v is None:
+    if block.head.v is None:
         raise ValueError("output error needs values")
-    values = v[: block.stop]
-    attention = block.attention[:, rows]
-    sink = block.sink_share[:, rows]
-    full = _output(attention, values, sink)
-    size = np.linalg.norm(full, axis=2)
-    errors = np.zeros((gone.shape[1], *size.shape))
-    for p in range(gone.shape[1]):
-        kept = np.where(gone[:, p] >= (block.start + rows)[:, None], attention, np.float32(0))
-        apart = np.linalg.norm(_output(kept, values, sink) - full, axis=2)
-        errors[p] = np.divide(apart, size, out=np.zeros_like(size), where=size > 0)
+    pairs, group = gone.shape[1], block.head.group
+    by_pair = np.ascontiguousarray(gone.T)
+    values = np.column_stack([block.head.v[: block.stop], np.ones(block.stop, np.float32)])
+    held = np.zeros((-(-pairs // (PANEL - 1)), PANEL, block.stop), dtype=np.float32)
+    weighted = np.empty((block.stop, group, values.shape[1]), dtype=np.float32)
+    errors = np.empty((pairs, group, len(rows)))
+    for r, row in enumerate(rows):
+        held_at_row(by_pair, block.start + row, held)
+        np.multiply(block.attention[:, row].T[:, :, None], values[:, None], out=weighted)
+        flat = weighted.reshape(block.stop, -1)
+        sums = np.stack([panel @ flat for panel in held])  # [panel, pair, query head * (d + 1)]
+        sums = sums.reshape(len(held), PANEL, group, -1).astype(np.float64)
+        total = sums[..., -1:] + block.sink_share[:, row, None]
+        # A row that keeps nothing has no output to speak of: zero, as the sum of no values.
+        outputs = sums[..., :-1] / np.where(total > 0, total, 1.0)
+        size = np.linalg.norm(outputs[:, :1], axis=3)
+        apart = np.linalg.norm(outputs[:, 1:] - outputs[:, :1], axis=3)
+        found = np.where(size > 0, apart / np.where(size > 0, size, 1.0), 0.0)
+        errors[:, :, r] = found.reshape(-1, group)[:pairs]
     return errors
-
-
-def _output(attention: NDArray[np.float32], values: NDArray[np.float32], sink: Doubles) -> Doubles:
-    """Attention output, renormalised: float64 [query head, row, value_dim]."""
-    total = attention.sum(axis=2, dtype=np.float64) + sink
-    outputs = (attention.reshape(-1, attention.shape[2]) @ values).reshape(*total.shape, -1)
-    # A row that keeps nothing has no output to speak of: zero, as the sum of no values.
-    return np.asarray(outputs / np.where(total > 0, total, 1.0)[..., None])

@@ -1,0 +1,160 @@
+"""What a replay costs, in units of F: the CPU time of the softmax(q k^T) rows, computed once.
+
+    python benchmarks/replay.py [TRACE] [--tokens 2048] [--repeats 5]
+
+Without a trace: one layer of a random-weights attention (8 query heads, 2 KV heads of 32), really
+run on token ids. F and the replays are timed in turns, with one torch thread and CPU time; printed
+are medians of the paired ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+import kvtrace
+from kvtrace_viewer.replay import POLICIES, Head, Measures, parse_budget, parse_policy, parse_when
+from kvtrace_viewer.replay.engine import Run, blocks, replay_layer
+from kvtrace_viewer.replay.run import heads_of
+from kvtrace_viewer.replay.totals import StepTotals
+
+BUDGETS = ["2%", "5%", "10%", "20%", "30%", "40%", "50%", "75%"]
+
+
+def random_weights_heads(tokens: int) -> list[Head]:
+    """KV heads of a random-weights attention layer, really run."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        hidden = torch.nn.Embedding(500, 256)(torch.randint(500, (tokens,)))
+        hidden = torch.nn.functional.rms_norm(
+            hidden + 0.3 * torch.randn(tokens, 256).cumsum(0), (256,)
+        )
+        q, k, v = (torch.nn.Linear(256, width)(hidden).numpy() for width in (256, 64, 64))
+    q = 3 * q.reshape(tokens, 8, 32)
+    return [
+        Head(
+            q=np.ascontiguousarray(q[:, 4 * h : 4 * h + 4]),
+            k=np.ascontiguousarray(k[:, 32 * h : 32 * h + 32]),
+            v=np.ascontiguousarray(v[:, 32 * h : 32 * h + 32]),
+            lse=None,
+            scale=32**-0.5,
+            prompt_tokens=tokens // 2,
+            kv_head=h,
+        )
+        for h in range(2)
+    ]
+
+
+def trace_heads(path: str) -> list[list[Head]]:
+    """All layers of a trace's longest request."""
+    trace = kvtrace.open(path)
+    request = max(trace.requests(), key=lambda r: r.tokens)
+    layers = [layer.layer for layer in trace.layers if layer.model == request.model]
+    return [
+        heads_of(trace.layer_data(layer, request.request), request, len(layers)) for layer in layers
+    ]
+
+
+def rows_once(layers: list[list[Head]]) -> None:
+    """F: torch computes every attention row, 64 at a time."""
+    for head in (head for heads in layers for head in heads):
+        q = torch.from_numpy(np.ascontiguousarray(head.q.transpose(1, 0, 2)))
+        k = torch.from_numpy(head.k)
+        for start, stop in blocks(head):
+            scores = (q[:, start:stop] @ k[:stop].T) * head.scale
+            future = torch.arange(stop)[None] > torch.arange(start, stop)[:, None]
+            scores.masked_fill_(future, -torch.inf).softmax(dim=2)
+
+
+def replay(
+    layers: list[list[Head]], policies: list[str], budgets: list[str], when: str, output: int
+) -> None:
+    """Everything a replay does but storing."""
+    runs = [
+        Run(parse_policy(p), parse_when(when), [parse_budget(b) for b in budgets]) for p in policies
+    ]
+    # One worker, so that CPU time is work and not waiting threads.
+    with ThreadPoolExecutor(1) as pool:
+        for heads in layers:
+            steps = StepTotals.zeros(len(policies) * len(budgets), heads[0].tokens)
+            for head in replay_layer(
+                heads, runs, Measures(output_rows=output), pool, lambda count: None
+            ):
+                head.summarise(steps)
+
+
+def cpu(work: Callable[[], None]) -> float:
+    """CPU seconds of one call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def main() -> None:
+    """Time, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trace", nargs="?")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    layers = trace_heads(args.trace) if args.trace else [random_weights_heads(args.tokens)]
+    everything = list(POLICIES)
+    some = [p for p in everything if p != "oracle"]
+    cases = {
+        "1 pair (h2o 20%)": (["h2o"], ["20%"]),
+        "1 pair (lru 20%)": (["lru"], ["20%"]),
+        f"{len(some)} policies x 8 budgets": (some, BUDGETS),
+        f"{len(everything)} policies x 8, with the oracle": (everything, BUDGETS),
+    }
+    head = layers[0][0]
+    print(
+        f"{args.trace or 'random weights'}: {head.tokens} tokens, prompt {head.prompt_tokens}, "
+        f"{len(layers)} layers, {len(layers[0])} KV heads of {head.group} query heads"
+    )
+    rows_once(layers)
+    for when in ("step", "stream"):
+        for name, (policies, budgets) in cases.items():
+            for output in (0, 512):
+                time_case(layers, policies, budgets, when, output, name, args.repeats)
+
+
+def time_case(
+    layers: list[list[Head]],
+    policies: list[str],
+    budgets: list[str],
+    when: str,
+    output: int,
+    name: str,
+    repeats: int,
+) -> None:
+    """Time one case in turns with F and print the median ratio."""
+    if not output:
+        layers = [[_without_values(head) for head in heads] for heads in layers]
+
+    def work() -> None:
+        replay(layers, policies, budgets, when, output or 1)
+
+    work()
+    ratios = []
+    for _ in range(repeats):
+        f = cpu(lambda: rows_once(layers))
+        ratios.append(cpu(work) / f)
+    error = f"output error over at most {output} rows" if output else "no output error"
+    print(f"{when:7s} {name:38s} {error:38s} {statistics.median(ratios):6.2f} F  (F {f:.3f} s)")
+
+
+def _without_values(head: Head) -> Head:
+    from dataclasses import replace
+
+    return replace(head, v=None)
+
+
+if __name__ == "__main__":
+    main()
