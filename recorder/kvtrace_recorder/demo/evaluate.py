@@ -153,7 +153,7 @@ def evaluate(work: Path, model_dir: Path, count: int) -> dict[str, Any]:
         "tokens_seen": tokens,
         "steps": steps,
         "training_minutes": seconds / 60,
-        "heldout_tokens": len(stream),
+        "train_tokens": len(np.load(work / "train.npy", mmap_mode="r")),
         "sources": json.loads((work / "corpus" / "sources.json").read_text()),
     }
 

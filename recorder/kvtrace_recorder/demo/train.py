@@ -41,7 +41,9 @@ class Recipe:
 
     learning_rate: float = 3e-3
     warmup_steps: int = 150
-    decay_share: float = 0.25
+    # Batches of 4096 tokens are small: the second moment needs a longer memory than usual.
+    betas: tuple[float, float] = (0.9, 0.99)
+    decay_share: float = 0.65
     weight_decay: float = 0.1
     clip: float = 1.0
     batch_tokens: int = 4096
@@ -164,7 +166,7 @@ class Training:
                 {"params": vectors, "weight_decay": 0.0},
             ],
             lr=recipe.learning_rate,
-            betas=(0.9, 0.95),
+            betas=recipe.betas,
             fused=True,
         )
         bos = config.bos_token_id
@@ -277,6 +279,8 @@ class Training:
         state = torch.load(self.out / "state.pt", map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["betas"] = self.recipe.betas  # the recipe holds, also where it was changed
         self.windows.cursor = Cursor(**state["cursor"])
         torch.set_rng_state(state["rng"].cpu())
         self.step, self.tokens, self.seconds = state["clock"]
