@@ -1,0 +1,1 @@
+"""The viewer: traces in a browser, and the headless replay (`kvtrace_viewer.replay`)."""

@@ -8,6 +8,7 @@ import dash
 from fastapi import FastAPI
 
 from kvtrace_viewer import api, shell
+from kvtrace_viewer.asgi import ask
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.library import TraceLibrary
 from kvtrace_viewer.pages import PAGES
@@ -50,4 +51,7 @@ def create_app(trace_root: Path, host_names: frozenset[str] = frozenset()) -> da
     server: FastAPI = app.server
     api.register(server, context)
     server.add_middleware(SameOriginOnly, host_names=host_names)
+    # Dash collects assets and pages on the first request, but under FastAPI only on one for "/" or
+    # its own routes: a viewer first opened by a link to another page would lack every script.
+    ask(server, "/")
     return app

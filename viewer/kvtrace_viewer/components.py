@@ -58,6 +58,19 @@ def button(button_id: str, label: Children, title: str, class_name: str = "") ->
     )
 
 
+def icon_button(button_id: str, icon: str, title: str) -> Component:
+    """A small button with a drawn icon of assets/app.css."""
+    shape = html.Span(className=f"kv-icon kv-icon-{icon}")
+    return html.Button(
+        shape,
+        id=button_id,
+        title=title,
+        className="kv-button",
+        type="button",
+        **{"aria-label": title},
+    )
+
+
 def empty_state(title: str, text: str, command: str | None = None) -> Component:
     """What a page shows when there is nothing to show: why, and what to do about it."""
     children: list[Component] = [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import io
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from fastapi import APIRouter, Query
 from fastapi.responses import Response
 from numpy.typing import NDArray
 
+from kvtrace import attention
 from kvtrace.errors import InputError
 from kvtrace.trace import Trace
+from kvtrace_viewer.api.downloads import csv_response, file_response
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived import tiles
 from kvtrace_viewer.derived.encode import SCALES
@@ -91,12 +93,10 @@ def router(context: Context) -> APIRouter:
         window = Window(source, row_start, row_stop, key_start, key_stop)
         check_export(kind, window)
         name = f"{opened.name}-request{request}-layer{layer}-head{head}.{kind}"
-        make = to_csv if kind == "csv" else to_npz
-        return Response(
-            make(opened, request, layer, head, window),
-            media_type="text/csv" if kind == "csv" else "application/octet-stream",
-            headers={"Content-Disposition": f'attachment; filename="{ascii_name(name)}"'},
-        )
+        if kind == "csv":
+            return csv_response(csv_rows(opened, request, layer, head, window), name)
+        content = to_npz(opened, request, layer, head, window)
+        return file_response(content, name, "application/octet-stream")
 
     return routes
 
@@ -137,19 +137,17 @@ def check_export(kind: str, window: Window) -> None:
         )
 
 
-def to_csv(trace: Trace, request: int, layer: int, head: int, window: Window) -> bytes:
-    """Long form: query, its text, key, its text, weight; pairs above the diagonal left out."""
+def csv_rows(
+    trace: Trace, request: int, layer: int, head: int, window: Window
+) -> Iterator[list[Any]]:
+    """Long form: query, its text, key, its text, weight; pairs that are not visible left out."""
     texts = token_texts(trace, request)
     weights = _weights(trace, request, layer, head, window)
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(["query", "query_text", "key", "key_text", "weight"])
-    for index, query in enumerate(window.rows):
-        for column in np.flatnonzero(window.keys <= query):
-            key = window.keys[column]
-            weight = f"{weights[index, column]:.9g}"
-            writer.writerow([query, texts[query], key, texts[key], weight])
-    return out.getvalue().encode()
+    spec = next(spec for spec in trace.layers if spec.layer == layer)
+    yield ["query", "query_text", "key", "key_text", "weight"]
+    for row, column in np.argwhere(attention.visible(window.rows, window.keys, spec)):
+        query, key = window.rows[row], window.keys[column]
+        yield [query, texts[query], key, texts[key], f"{weights[row, column]:.9g}"]
 
 
 def to_npz(trace: Trace, request: int, layer: int, head: int, window: Window) -> bytes:
@@ -171,11 +169,6 @@ def _weights(
     trace: Trace, request: int, layer: int, head: int, window: Window
 ) -> NDArray[np.float32]:
     return trace.attention(layer, head, rows=window.rows, keys=window.keys, request=request)
-
-
-def ascii_name(name: str) -> str:
-    """Make a file name safe for a header."""
-    return "".join(letter if letter.isascii() and letter not in '"\\/' else "_" for letter in name)
 
 
 def _binary(content: bytes) -> Response:

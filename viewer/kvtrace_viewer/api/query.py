@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 
 from kvtrace.trace import Trace
-from kvtrace_viewer.api.maps import ascii_name
+from kvtrace_viewer.api.downloads import file_response
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.cells import cell
 
@@ -57,12 +57,7 @@ def router(context: Context) -> APIRouter:
         opened = context.library.open(trace)
         out = io.BytesIO()
         pa_csv.write_csv(_flat(_run(opened, sql, MAX_CSV_ROWS)), out)
-        name = ascii_name(f"{opened.name}-query.csv")
-        return Response(
-            out.getvalue(),
-            media_type="text/csv",
-            headers={"Content-Disposition": f'attachment; filename="{name}"'},
-        )
+        return file_response(out.getvalue(), f"{opened.name}-query.csv", "text/csv")
 
     return routes
 

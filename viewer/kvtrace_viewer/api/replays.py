@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from kvtrace.errors import InputError
 from kvtrace.trace import Trace
+from kvtrace_viewer.api.downloads import csv_response
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.results import evicted_at, replay_rows, replay_steps
 from kvtrace_viewer.figures.retained_mass import MassSeries, retained_mass
@@ -64,6 +65,12 @@ def router(context: Context) -> APIRouter:
         dark = "dark" if scheme == "dark" else "light"
         return {"series": series, "figure": retained_mass(lines, num_tokens, dark)}
 
+    @routes.get("/mass.csv")
+    def mass_csv(trace: str, replays: str, request: int = 0) -> Response:
+        opened = context.library.open(trace)
+        found = {one: replay_steps(opened, one, request) for one in replays.split()}
+        return csv_response(mass_rows(found), f"{opened.name}-request{request}-mass.csv")
+
     @routes.post("/replays")
     def run(order: ReplayOrder) -> dict[str, Any]:
         trace = context.library.open(order.trace)
@@ -74,6 +81,17 @@ def router(context: Context) -> APIRouter:
         return context.jobs.get(job_id).to_json()
 
     return routes
+
+
+def mass_rows(found: dict[str, dict[str, Any]]) -> list[list[Any]]:
+    """A header, then one row a replay and measured query."""
+    columns = ("position", "mass", "held", "evictions")
+    rows: list[list[Any]] = [["replay", *columns]]
+    for replay, steps in found.items():
+        rows += [
+            [replay, *values] for values in zip(*(steps[name] for name in columns), strict=True)
+        ]
+    return rows
 
 
 def check_kv_head(trace: Trace, layer: int, kv_head: int) -> None:

@@ -3,7 +3,7 @@
 window.kv = window.kv || {};
 
 (function (kv) {
-    const MARGIN = { left: 78, top: 10, right: 64, bottom: 88 };
+    const MARGIN = { left: 78, top: 10, right: 64, bottom: 94 };
     const MARK_STRIP = 16;
     const MIN_SPAN = 4;
     const MIN_LABEL_PX = 12;

@@ -61,7 +61,8 @@ window.kv = window.kv || {};
         here.slider.max = Math.max(0, info.tokens - 1);
         if (!here.started) {
             const saved = Number.parseInt(config.time, 10);
-            here.time = Number.isFinite(saved) ? saved : Math.max(0, info.prompt_tokens - 1);
+            /* Without a time: the first decoded token, just after the first cut. */
+            here.time = Number.isFinite(saved) ? saved : info.prompt_tokens;
             here.started = true;
         }
         here.time = Math.min(Math.max(0, here.time), Math.max(0, info.tokens - 1));
@@ -80,7 +81,7 @@ window.kv = window.kv || {};
 
     const emptyHint = (config) => (Object.keys(config.labels).length
         ? "Choose up to six replays to compare."
-        : "No replay is stored in this trace yet: run one below, or use `kvtrace replay`.");
+        : "No replay is stored in this trace yet: run one below, or use the kvtrace replay command.");
 
     async function load(here, asked) {
         const { trace } = here.config;
@@ -166,7 +167,7 @@ window.kv = window.kv || {};
 
     function button() {
         const made = kv.byId("replay-play");
-        if (made) made.textContent = page.playing ? "⏸ Pause" : "▶ Play";
+        if (made) made.textContent = page.playing ? "Pause" : "Play";
     }
 
     function saveTime() {
@@ -326,6 +327,10 @@ window.kv = window.kv || {};
     kv.actions["replay-forward"] = () => { pause(); seek(page.time + 1); };
     kv.actions["replay-last"] = () => { pause(); seek(page.info.tokens - 1); };
     kv.actions["replay-run"] = run;
+    kv.actions["replay-csv"] = () => kv.download("mass.csv", {
+        trace: page.config.trace, request: page.asked.request,
+        replays: page.asked.chosen.join(" "),
+    }, STATUS);
 
     const KEYS = { " ": "play", ArrowLeft: "back", ArrowRight: "forward", Home: "first", End: "last" };
     document.addEventListener("keydown", (event) => {

@@ -21,7 +21,7 @@ class Table:
 def tables(trace: Trace) -> list[Table]:
     """Every table, in the order of schema.sql."""
     comments = table_comments()
-    order = dict.fromkeys(column.table for column in columns())
+    order = dict.fromkeys(column.table for column in columns() if column.table in comments)
     counts = trace.sql(
         " union all ".join(
             f"select '{name}' as name, count(*) as rows from {name}" for name in order

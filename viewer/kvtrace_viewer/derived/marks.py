@@ -9,9 +9,13 @@ from numpy.typing import NDArray
 
 from kvtrace_viewer.derived.pooling import MAX_BLOCK_WEIGHTS, WeightSource
 
-SINK_WINDOW = 64
+# The replay's own thresholds (kvtrace_viewer.replay.Measures), so that both name the same keys.
+SINK_DISTANCE = 64
 SINK_SHARE = 0.1
 HEAVY_FACTOR = 5.0
+BLOCK_ROWS = 64
+
+Sums = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -34,40 +38,71 @@ class Mark:
     strength: float
 
 
+@dataclass(frozen=True)
+class KeySums:
+    """What each key of a head received, [key].
+
+    Attributes
+    ----------
+    received, uniform
+        Attention from all queries that see the key, and what it would be were each uniform.
+    far, far_queries
+        Attention from the queries more than a distance later, and how many they are.
+    """
+
+    received: Sums
+    uniform: Sums
+    far: Sums
+    far_queries: Sums
+
+
 def find_marks(source: WeightSource) -> list[Mark]:
     """Find the sinks and heavy hitters of a head, strongest first in each kind.
 
-    The map is read a block of rows at a time and only sums per key are kept.
+    The distance is a quarter of a request shorter than four times 64 tokens; a key is judged when
+    at least as many queries saw it from further away. The map is read a block of rows at a time
+    and only sums per key are kept.
     """
-    received, late = _sums(source)
-    num_tokens = source.num_tokens
-    positions = np.arange(num_tokens)
-    num_late = np.maximum(0, num_tokens - 1 - SINK_WINDOW - positions)
-    late_mean = np.divide(late, num_late, out=np.zeros(num_tokens), where=num_late > 0)
-    is_sink = late_mean >= SINK_SHARE
-    # Query i spreads 1 / (i + 1) on each key it sees, were it uniform.
-    uniform = np.cumsum(1 / (positions[::-1] + 1.0))[::-1]
-    ratio = received / uniform
-    is_heavy = (ratio >= HEAVY_FACTOR) & ~is_sink & (num_late > 0)
-    sinks = [Mark("sink", int(j), float(late_mean[j])) for j in np.flatnonzero(is_sink)]
-    heavy = [Mark("heavy", int(j), float(ratio[j])) for j in np.flatnonzero(is_heavy)]
-    return _strongest_first(sinks) + _strongest_first(heavy)
+    distance = min(SINK_DISTANCE, source.num_tokens // 4)
+    sums = key_sums(source, distance)
+    judged = sums.far_queries >= max(distance, 1)
+    share = np.divide(sums.far, sums.far_queries, out=np.zeros_like(sums.far), where=judged)
+    ratio = np.divide(
+        sums.received, sums.uniform, out=np.zeros_like(sums.far), where=sums.uniform > 0
+    )
+    is_sink = judged & (share >= SINK_SHARE) & _still_seen(source)
+    is_heavy = judged & (ratio >= HEAVY_FACTOR) & ~is_sink
+    return _strongest("sink", is_sink, share) + _strongest("heavy", is_heavy, ratio)
 
 
-def _strongest_first(marks: list[Mark]) -> list[Mark]:
-    return sorted(marks, key=lambda mark: -mark.strength)
+def _strongest(kind: str, chosen: NDArray[np.bool_], strength: Sums) -> list[Mark]:
+    positions = np.flatnonzero(chosen)
+    order = positions[np.argsort(-strength[positions], kind="stable")]
+    return [Mark(kind, int(position), float(strength[position])) for position in order]
 
 
-def _sums(source: WeightSource) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Attention each key received from all queries, and from those over a window later."""
-    num_tokens = source.num_tokens
-    received, late = np.zeros(num_tokens), np.zeros(num_tokens)
-    step = max(1, min(SINK_WINDOW, MAX_BLOCK_WEIGHTS // max(1, num_tokens)))
-    for start in range(0, num_tokens, step):
-        rows = np.arange(start, min(start + step, num_tokens), dtype=np.int64)
+def _still_seen(source: WeightSource) -> NDArray[np.bool_]:
+    """Keys that the last query sees: a sliding window has dropped the others."""
+    if source.num_tokens == 0:
+        return np.zeros(0, bool)
+    last = np.array([source.num_tokens - 1], np.int64)
+    return np.asarray(~np.isnan(source.block(last, 0, source.num_tokens)[0]))
+
+
+def key_sums(source: WeightSource, distance: int) -> KeySums:
+    """Sum a head's map over its queries."""
+    total = source.num_tokens
+    sums = KeySums(*(np.zeros(total) for _ in range(4)))
+    step = max(1, min(BLOCK_ROWS, MAX_BLOCK_WEIGHTS // max(1, total)))
+    for start in range(0, total, step):
+        rows = np.arange(start, min(start + step, total), dtype=np.int64)
         stop = source.visible_stop(int(rows[-1]))
-        block = np.nan_to_num(source.block(rows, 0, stop)).astype(np.float64)
-        received[:stop] += block.sum(axis=0)
-        is_late = rows[:, None] - np.arange(stop)[None, :] > SINK_WINDOW
-        late[:stop] += np.where(is_late, block, 0).sum(axis=0)
-    return received, late
+        block = source.block(rows, 0, stop)
+        seen = ~np.isnan(block)
+        weights = np.where(seen, block, 0)
+        is_far = seen & (rows[:, None] - np.arange(stop)[None, :] > distance)
+        sums.received[:stop] += weights.sum(axis=0, dtype=np.float64)
+        sums.uniform[:stop] += (seen / np.maximum(1, seen.sum(axis=1))[:, None]).sum(axis=0)
+        sums.far[:stop] += np.where(is_far, weights, 0).sum(axis=0, dtype=np.float64)
+        sums.far_queries[:stop] += is_far.sum(axis=0)
+    return sums

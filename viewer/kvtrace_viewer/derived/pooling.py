@@ -1,4 +1,4 @@
-"""Shrinking a stretch of an attention map to cells, keeping both the largest and the mean weight."""
+"""Shrinking a stretch of an attention map to cells: the largest and the mean weight of each."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def _summary(entry: TraceEntry) -> dict[str, Any]:
 def _facts(trace: Trace) -> dict[str, Any]:
     requests = trace.requests()
     models = trace.table("models").to_pylist()
-    run = next(iter(trace.table("runs").to_pylist()), {})
+    run: dict[str, Any] = next(iter(trace.table("runs").to_pylist()), {})
     layers = trace.layers
     started_ns = run.get("started_ns") or min((r.started_ns for r in requests), default=0)
     return {

@@ -13,7 +13,7 @@ LOCAL_ONLY_CONFIG: dict[str, Any] = {
     "plotlyServerURL": "",
     "responsive": True,
     "scrollZoom": False,
-    "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"],
+    "modeBarButtonsToRemove": ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
 }
 
 

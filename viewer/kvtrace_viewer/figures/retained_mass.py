@@ -61,6 +61,7 @@ def retained_mass(
     )
     layout["yaxis"] = axis("retained mass", scheme, tickformat=".2f")
     if not any(len(one.positions) for one in series):
+        layout["yaxis"]["range"] = [0, 1]
         layout["annotations"] = [_nothing_measured()]
     return {"data": traces, "layout": layout}
 

@@ -22,8 +22,8 @@ class Ink:
 
 
 INKS = {
-    "light": Ink(text="#1b2230", muted="#5b6577", grid="#e6e9ef", surface="#ffffff"),
-    "dark": Ink(text="#e7eaf0", muted="#9aa4b5", grid="#2a303b", surface="#171b22"),
+    "light": Ink(text="#1b2230", muted="#5b6577", grid="#e3e7ee", surface="#ffffff"),
+    "dark": Ink(text="#e6e9ef", muted="#9aa4b5", grid="#29303b", surface="#161a21"),
 }
 
 # Okabe and Ito's colours, tellable apart under the common colour blindnesses; the two tones of
@@ -51,12 +51,17 @@ def base_layout(scheme: str) -> dict[str, Any]:
         "font": {"family": FONT, "size": 12, "color": ink.text},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": 52, "r": 16, "t": 8, "b": 40},
+        "margin": {"l": 52, "r": 16, "t": 34, "b": 40},
         "hovermode": "x unified",
         "hoverlabel": {
             "bgcolor": ink.surface,
             "bordercolor": ink.grid,
             "font": {"color": ink.text, "size": 12},
+        },
+        "modebar": {
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": ink.muted,
+            "activecolor": ink.text,
         },
         "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     }

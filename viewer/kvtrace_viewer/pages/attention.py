@@ -14,13 +14,14 @@ from kvtrace_viewer.components import (
     Component,
     button,
     field,
+    icon_button,
     panel,
     segmented,
     select,
     status_line,
 )
 from kvtrace_viewer.context import Context
-from kvtrace_viewer.derived.marks import HEAVY_FACTOR, SINK_SHARE, SINK_WINDOW
+from kvtrace_viewer.derived.marks import HEAVY_FACTOR, SINK_DISTANCE, SINK_SHARE
 from kvtrace_viewer.derived.tiles import rows_read_per_thumb_cell, thumb_cells
 from kvtrace_viewer.pages.common import (
     choose_request,
@@ -38,9 +39,10 @@ SCALES = (("linear", "Linear"), ("sqrt", "Square root"), ("log", "Log"))
 POOLS = (("max", "Max"), ("mean", "Mean"))
 
 MARK_RULES = (
-    f"Sink: mean attention of at least {SINK_SHARE:g} from the queries more than {SINK_WINDOW} "
+    f"Sink: mean attention of at least {SINK_SHARE:g} from the queries more than {SINK_DISTANCE} "
     f"tokens later. Heavy hitter: not a sink, and received at least {HEAVY_FACTOR:g} times "
-    "what uniform attention would give it."
+    f"what uniform attention would give it. Keys seen by fewer than {SINK_DISTANCE} queries that "
+    "much later are not judged; in a request under 256 tokens both numbers are a quarter of it."
 )
 
 
@@ -167,14 +169,20 @@ def heads() -> Component:
     )
     note = html.P(id="attention-wall-note", className="kv-note")
     wall = panel(
-        "Layers × heads",
+        "Layers by heads",
         [html.Div(canvas, className="kv-wall-scroll"), note],
         class_name="kv-wall",
     )
     marks = panel(
         "Sinks and heavy hitters",
         html.Div(id="attention-marks", className="kv-marks"),
-        aside=html.Span("ⓘ", title=MARK_RULES, className="kv-info", tabIndex=0),
+        aside=dmc.Tooltip(
+            html.Span("?", className="kv-info", tabIndex=0),
+            label=MARK_RULES,
+            multiline=True,
+            w=300,
+            events={"hover": True, "focus": True, "touch": True},
+        ),
         class_name="kv-grow",
     )
     return html.Div([wall, marks], className="kv-side")
@@ -184,8 +192,8 @@ def map_panel() -> Component:
     """The zoomable map."""
     zoom = html.Div(
         [
-            button("attention-out", "−", "Zoom out (-)"),
-            button("attention-in", "+", "Zoom in (+)"),
+            icon_button("attention-out", "minus", "Zoom out (-)"),
+            icon_button("attention-in", "plus", "Zoom in (+)"),
             button("attention-fit", "Fit", "Show the whole map (0 or double click)"),
         ],
         className="kv-button-group",

@@ -16,6 +16,7 @@ from kvtrace_viewer.components import (
     Component,
     button,
     field,
+    icon_button,
     panel,
     segmented,
     select,
@@ -51,24 +52,24 @@ WHENS = (
 SHARE = {"function": "kvShare(params.value)"}
 COLUMNS = [
     text_column("policy", "Policy", minWidth=150, flex=1, pinned="left", tooltipField="replay"),
-    text_column("budget", "Budget", width=90, type="rightAligned"),
-    text_column("decide_when", "When", width=90),
-    text_column("exactness", "Exactness", width=105),
-    number_column("retained_mass", "Retained mass", width=130, valueFormatter=SHARE),
-    number_column("mass_p5", "p5", width=90, valueFormatter=SHARE),
-    number_column("bound", "Bound", width=90, valueFormatter=SHARE),
-    number_column("hits", "Hits", width=105),
-    number_column("misses", "Misses", width=100),
-    number_column("evictions", "Evictions", width=105),
+    text_column("budget", "Budget", width=82, type="rightAligned"),
+    text_column("decide_when", "When", width=84),
+    text_column("exactness", "Exactness", width=98),
+    number_column("retained_mass", "Retained mass", width=122, valueFormatter=SHARE),
+    number_column("mass_p5", "p5", width=80, valueFormatter=SHARE),
+    number_column("bound", "Bound", width=80, valueFormatter=SHARE),
+    number_column("hits", "Hits", width=92),
+    number_column("misses", "Misses", width=92),
+    number_column("evictions", "Evictions", width=98),
     text_column(
         "retained_sinks",
         "Sinks kept",
-        width=110,
+        width=100,
         type="rightAligned",
         valueGetter={"function": "kvSinks(params.data)"},
     ),
-    number_column("output_error", "Output error", width=120, valueFormatter=SHARE),
-    number_column("ties", "Ties", width=80),
+    number_column("output_error", "Output error", width=112, valueFormatter=SHARE),
+    number_column("ties", "Ties", width=78),
 ]
 
 
@@ -112,7 +113,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     request = choose_request(trace, query.get("request"))
     layers = layers_of(trace, request)
     num_heads = max((layer.num_kv_heads for layer in layers), default=0)
-    rows = replay_rows(trace)
+    rows = in_order(replay_rows(trace))
     chosen = chosen_replays(rows, query.get("replays"))
     config = {
         "trace": trace_id,
@@ -185,10 +186,24 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
                 ],
                 className="kv-graph-box",
             ),
+            aside=button("replay-csv", "CSV", "Save the retained mass of the chosen replays"),
         ),
         table(rows),
         runner(),
     ]
+
+
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by budget as first met, and within it as the policies are listed."""
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    policies = policy_names()
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        name = row["policy"].partition(":")[0]
+        known = policies.index(name) if name in policies else len(policies)
+        return budgets.index(row["budget"]), known
+
+    return sorted(rows, key=place)
 
 
 def replay_options(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -216,11 +231,11 @@ def player(speed: str) -> Component:
         [
             html.Div(
                 [
-                    button("replay-first", "⏮", "To the first token (Home)"),
-                    button("replay-back", "◀", "Step back (left arrow)"),
-                    button("replay-play", "▶ Play", "Play or pause (space)", "kv-primary kv-play"),
-                    button("replay-forward", "▶", "Step forward (right arrow)"),
-                    button("replay-last", "⏭", "To the last token (End)"),
+                    icon_button("replay-first", "first", "To the first token (Home)"),
+                    icon_button("replay-back", "back", "Step back (left arrow)"),
+                    button("replay-play", "Play", "Play or pause (space)", "kv-primary kv-play"),
+                    icon_button("replay-forward", "forward", "Step forward (right arrow)"),
+                    icon_button("replay-last", "last", "To the last token (End)"),
                 ],
                 className="kv-button-group kv-transport-buttons",
             ),
@@ -305,7 +320,8 @@ def runner() -> Component:
 
 
 def policy_names() -> list[str]:
-    """Names of the policies installed."""
+    """Names of the policies installed, the simplest first."""
+    # Imported here because it pulls in numba, which takes a second the first time.
     from kvtrace_viewer.replay import POLICIES
 
-    return sorted(POLICIES)
+    return list(POLICIES)
