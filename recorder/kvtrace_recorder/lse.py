@@ -3,6 +3,9 @@
 Computed from the stored values rather than the model's own, so that the attention a reader
 recomputes sums to one exactly; with float16 storage the rounding of a score then cancels in all
 but the differences between keys.
+
+All in small matrix products: above 2**18 multiplications OpenBLAS takes several threads, which
+fight with the model's for the cores (on a loaded machine that made this ten times slower).
 """
 
 from __future__ import annotations
@@ -15,12 +18,18 @@ from numpy.typing import NDArray
 from kvtrace.writer import LayerSpec
 
 Float = NDArray[np.float32]
-#: Scores held at a time; a block of rows is as tall as this allows.
-BLOCK_SCORES = 1 << 20
+Positions = NDArray[np.int64]
+
+#: Keys of one matrix product.
+TILE = 128
+#: Multiplications of one matrix product.
+PRODUCT = 1 << 18
+#: Tiles whose scores are held at a time.
+TILES_HELD = 64
 
 
 class KeyHistory:
-    """The keys of one request in one layer, `[kv_head, token, head_dim]` float32, growing."""
+    """The keys of one request in one layer, growing: float32, in tiles of `TILE` tokens."""
 
     def __init__(self) -> None:
         self._keys: Float | None = None
@@ -32,7 +41,9 @@ class KeyHistory:
         total = self.tokens + count
         if self._keys is None or total > self._keys.shape[1]:
             held = 0 if self._keys is None else self._keys.shape[1]
-            grown = np.empty((heads, max(64, 2 * held, total), width), np.float32)
+            room = -(-max(2 * held, total) // TILE) * TILE
+            # Zeros: the end of the last tile is multiplied before it is hidden.
+            grown = np.zeros((heads, room, width), np.float32)
             if self._keys is not None:
                 grown[:, : self.tokens] = self._keys[:, : self.tokens]
             self._keys = grown
@@ -40,15 +51,16 @@ class KeyHistory:
         self.tokens = total
 
     @property
-    def keys(self) -> Float:
-        """[kv_head, token, head_dim]; a view."""
+    def tiles(self) -> Float:
+        """[kv_head, tile, token of the tile, head_dim]; a view, zero behind the last token."""
         if self._keys is None:
-            return np.empty((0, 0, 0), np.float32)
-        return self._keys[:, : self.tokens]
+            return np.empty((0, 0, TILE, 0), np.float32)
+        heads, room, width = self._keys.shape
+        return self._keys.reshape(heads, room // TILE, TILE, width)
 
 
 def row_lse(
-    q: NDArray[Any], keys: Float, first: int, spec: LayerSpec, sinks: Float | None = None
+    q: NDArray[Any], history: KeyHistory, first: int, spec: LayerSpec, sinks: Float | None = None
 ) -> Float:
     """Log-sum-exp of the rows at positions `first`, `first + 1`, ...
 
@@ -56,8 +68,8 @@ def row_lse(
     ----------
     q : numpy.ndarray
         [row, q_head, head_dim].
-    keys : numpy.ndarray
-        [kv_head, token, head_dim] of positions 0 up to at least the last row's.
+    history : KeyHistory
+        Keys of the positions from 0 up to at least the last row's.
     first : int
         Position of row 0.
     spec : LayerSpec
@@ -70,58 +82,77 @@ def row_lse(
     numpy.ndarray
         [row, q_head] float32.
     """
-    rows, q_heads, _ = q.shape
-    tokens = keys.shape[1]
-    found = np.empty((rows, q_heads), np.float32)
-    height = max(1, BLOCK_SCORES // max(1, q_heads * tokens))
+    rows, q_heads, width = q.shape
+    tiles = history.tiles
+    kv_heads = len(tiles)
+    group = q_heads // kv_heads
+    scaled = q.astype(np.float32) * np.float32(spec.scale)
+    by_head = scaled.reshape(rows, kv_heads, group, width).transpose(1, 0, 2, 3)
+    logits = None if sinks is None else sinks.reshape(kv_heads, 1, group)
+    found = np.empty((kv_heads, rows, group), np.float32)
+    # The row of a decode step takes all heads at once, the rows of a prompt one head at a time.
+    heads = kv_heads if rows == 1 else 1
+    height = max(1, PRODUCT // (TILE * width * group))
     for start in range(0, rows, height):
         stop = min(rows, start + height)
-        low, high = _key_range(first + start, first + stop, tokens, spec)
-        scores = _scores(q[start:stop], keys[:, low:high], spec)
-        # The key range of a single row is exactly what it sees.
-        if spec.attention_kind != "bidirectional" and stop - start > 1:
-            hidden = ~_visible(np.arange(first + start, first + stop), low, high, spec)
-            scores[:, hidden] = -np.inf
-        found[start:stop] = _log_sum_exp(scores, sinks).T
-    return found
+        low, high = _bounds(first + np.arange(start, stop), history.tokens, spec)
+        low, high = np.repeat(low, group), np.repeat(high, group)
+        for head in range(0, kv_heads, heads):
+            some = slice(head, head + heads)
+            block = by_head[some, start:stop].reshape(heads, -1, width)
+            extra = None if logits is None else np.repeat(logits[some], stop - start, axis=1)
+            values = _block(block, tiles[some], low, high, spec.softcap, extra)
+            found[some, start:stop] = values.reshape(heads, stop - start, group)
+    return np.ascontiguousarray(found.transpose(1, 0, 2)).reshape(rows, q_heads)
 
 
-def _key_range(first: int, last: int, tokens: int, spec: LayerSpec) -> tuple[int, int]:
+def _bounds(rows: Positions, tokens: int, spec: LayerSpec) -> tuple[Positions, Positions]:
+    """First and last position that each row sees."""
     if spec.attention_kind == "bidirectional":
-        return 0, tokens
-    window = spec.sliding_window
-    return (0 if window is None else max(0, first - window + 1)), min(last, tokens)
+        return np.zeros_like(rows), np.full_like(rows, tokens - 1)
+    if spec.sliding_window is None:
+        return np.zeros_like(rows), rows
+    return np.maximum(0, rows - spec.sliding_window + 1), rows
 
 
-def _scores(q: NDArray[Any], keys: Float, spec: LayerSpec) -> Float:
-    """[q_head, row, key]."""
-    rows, q_heads, width = q.shape
-    kv_heads = keys.shape[0]
-    group = q_heads // kv_heads
-    wide = q.astype(np.float32).reshape(rows, kv_heads, group, width).transpose(1, 2, 0, 3)
-    scores = wide.reshape(kv_heads, group * rows, width) @ keys.transpose(0, 2, 1)
-    scores *= np.float32(spec.scale)
-    if spec.softcap is not None:
-        cap = np.float32(spec.softcap)
-        scores = cap * np.tanh(scores / cap)
-    return np.asarray(scores.reshape(q_heads, rows, keys.shape[1]))
-
-
-def _visible(rows: NDArray[np.int64], low: int, high: int, spec: LayerSpec) -> NDArray[np.bool_]:
-    distance = rows[:, None] - np.arange(low, high)[None, :]
-    seen = distance >= 0
-    if spec.sliding_window is not None:
-        seen &= distance < spec.sliding_window
-    return np.asarray(seen)
-
-
-def _log_sum_exp(scores: Float, sinks: Float | None) -> Float:
-    """[q_head, row] of scores [q_head, row, key], which are overwritten."""
-    top = scores.max(axis=2)
-    if sinks is not None:
-        top = np.maximum(top, sinks[:, None])
-    scores -= top[:, :, None]
-    total = np.exp(scores, out=scores).sum(axis=2)
-    if sinks is not None:
-        total += np.exp(sinks[:, None] - top)
+def _block(
+    queries: Float,
+    tiles: Float,
+    low: Positions,
+    high: Positions,
+    softcap: float | None,
+    logits: Float | None,
+) -> Float:
+    """[head, query] of queries [head, query, head_dim] that see positions low to high."""
+    shape = queries.shape[:2]
+    if logits is None:
+        top, total = np.full(shape, np.finfo(np.float32).min), np.zeros(shape, np.float32)
+    else:
+        top, total = logits.reshape(shape), np.ones(shape, np.float32)
+    first, last = int(low.min()) // TILE, int(high.max()) // TILE + 1
+    for begin in range(first, last, TILES_HELD):
+        some = tiles[:, begin : min(last, begin + TILES_HELD)]
+        scores = queries[:, None] @ some.transpose(0, 1, 3, 2)
+        if softcap is not None:
+            scores /= np.float32(softcap)
+            np.tanh(scores, out=scores)
+            scores *= np.float32(softcap)
+        _hide(scores, begin, low, high)
+        higher = np.maximum(top, scores.max(axis=3).max(axis=1))
+        scores -= higher[:, None, :, None]
+        total *= np.exp(top - higher)
+        total += np.exp(scores, out=scores).sum(axis=3).sum(axis=1)
+        top = higher
     return np.asarray(top + np.log(total))
+
+
+def _hide(scores: Float, first: int, low: Positions, high: Positions) -> None:
+    """Hide what the queries do not see in scores [head, tile, query, token], from tile `first`."""
+    last = first + scores.shape[1]
+    # Only tiles at the edges hold hidden keys; the others are left alone.
+    late = range(max(first, (int(high.min()) + 1) // TILE), last)
+    early = range(first, min(last, late.start, -(-int(low.max()) // TILE)))
+    for tile in (*early, *late):
+        positions = tile * TILE + np.arange(TILE)[None, :]
+        hidden = (positions < low[:, None]) | (positions > high[:, None])
+        scores[:, tile - first] += np.where(hidden, np.float32(-np.inf), np.float32(0))

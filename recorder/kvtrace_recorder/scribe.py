@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +20,13 @@ from kvtrace_recorder.messages import (
     finite_float16,
 )
 
+#: Picks some rows of an array.
+Index = slice | NDArray[np.int64]
+
 _EVENT_COLUMNS = ("ts_ns", "step", "request", "layer", "event", "tokens", "bytes", "device")
+#: Decode steps that wait to be written together, at most.
+HELD_STEPS = 64
+HELD_BYTES = 4 << 20
 NARROWED = "beyond the range of float16, stored as its largest; record with dtype float32"
 
 
@@ -49,6 +55,8 @@ class Scribe:
         self._layered: set[int] = set()
         self._histories: dict[int, dict[int, KeyHistory]] = {}
         self._buffers: dict[str, dict[str, list[Any]]] = {}
+        self._held: list[StepRecord] = []
+        self._held_bytes = 0
         self._gaps: dict[tuple[str, str], tuple[int | None, int]] = {}
         self.reasons: dict[str, int] = {}
         self.steps = 0
@@ -56,10 +64,11 @@ class Scribe:
         self.nbytes = 0
 
     def write(self, message: Message) -> None:
-        """Write one message."""
+        """Write one message; decode steps may wait for their like until the next commit."""
         if isinstance(message, StepRecord):
-            self._write_step(message)
+            self._hold(message)
         elif isinstance(message, Ended):
+            self._write_held()
             self._end(message)
         elif isinstance(message, Gap):
             self._note(message.what, message.count, message.reason, None)
@@ -70,7 +79,8 @@ class Scribe:
         self._writer.commit()
 
     def flush(self) -> None:
-        """Hand buffered table rows to the writer."""
+        """Hand everything that waits to the writer."""
+        self._write_held()
         for table, columns in self._buffers.items():
             self._writer.append(table, columns)
         self._buffers = {}
@@ -78,85 +88,119 @@ class Scribe:
             self._writer.add_gap(what, count, reason, step)
         self._gaps = {}
 
-    def _write_step(self, step: StepRecord) -> None:
-        number = self.steps
-        self.steps += 1
-        model = self._model(step.model)
-        self._writer.append("steps", _step_row(number, model, step))
-        self._buffer("kv_events", _event_rows(number, step))
-        if step.fault is not None:
-            self._note("tokens", step.num_tokens, step.fault, number)
-        elif step.num_tokens:
-            self._write_rows(number, model, step)
+    def _hold(self, step: StepRecord) -> None:
+        # Written one by one, decode steps cost more than the model takes for them.
+        if self._held and (step.phase != "decode" or step.model.key != self._held[0].model.key):
+            self._write_held()
+        self._held.append(step)
+        self._held_bytes += step.nbytes
+        if step.phase != "decode" or self._held_bytes > HELD_BYTES or len(self._held) >= HELD_STEPS:
+            self._write_held()
 
-    def _write_rows(self, number: int, model: int, step: StepRecord) -> None:
+    def _write_held(self) -> None:
+        held, self._held, self._held_bytes = self._held, [], 0
+        if not held:
+            return
+        model = self._model(held[0].model)
+        whole: list[tuple[int, StepRecord]] = []
+        for number, step in enumerate(held, start=self.steps):
+            self._buffer("kv_events", _event_rows(number, step))
+            if step.fault is not None:
+                self._note("tokens", step.num_tokens, step.fault, number)
+            elif step.num_tokens:
+                whole.append((number, step))
+        self._writer.append("steps", _step_rows(self.steps, model, held))
+        self.steps += len(held)
+        if whole:
+            self._write_rows(model, whole)
+
+    def _write_rows(self, model: int, steps: Sequence[tuple[int, StepRecord]]) -> None:
+        layers = steps[0][1].layers
         if model not in self._layered:
-            self._writer.add_layers(model, [x.spec for _, x in sorted(step.layers.items())])
+            self._writer.add_layers(model, [x.spec for _, x in sorted(layers.items())])
             self._layered.add(model)
-        requests, positions = _columns(step)
-        rows = np.arange(self._writer.rows, self._writer.rows + len(requests))
-        has_query = any(layer.q is not None for layer in step.layers.values())
-        self._buffer("requests", _request_rows(model, step))
-        self._buffer("tokens", self._token_rows(step, requests, positions))
+        numbers, requests, positions = _row_columns(steps)
+        self._buffer("requests", _request_rows(model, steps))
+        self.requests += sum(sequence.new for _, step in steps for sequence in step.sequences)
+        self._buffer("tokens", self._token_rows(steps, requests, positions))
+        count = len(requests)
+        has_query = any(layer.q is not None for layer in layers.values())
         self._writer.append(
             "rows",
             {
-                "row": rows,
-                "step": np.full(len(rows), number),
+                "row": np.arange(self._writer.rows, self._writer.rows + count),
+                "step": numbers,
                 "request": requests,
                 "position": positions,
-                "has_query": np.full(len(rows), has_query),
+                "has_query": np.full(count, has_query),
             },
         )
-        self.requests += sum(sequence.new for sequence in step.sequences)
-        for layer, data in step.layers.items():
-            self._write_layer(number, model, layer, step, data)
+        shares = _shares(requests)
+        for layer in layers:
+            rows = [step.layers[layer] for _, step in steps]
+            self._write_layer(model, rows, shares, positions, steps[0][0])
 
     def _write_layer(
-        self, number: int, model: int, layer: int, step: StepRecord, data: LayerRows
+        self,
+        model: int,
+        rows: Sequence[LayerRows],
+        shares: Mapping[int, Index],
+        positions: NDArray[np.int64],
+        number: int,
     ) -> None:
         arrays: dict[str, NDArray[Any] | None] = {}
         for kind in ("q", "k", "v"):
-            values = getattr(data, kind)
-            if values is not None:
-                values, narrowed = finite_float16(values)
-                if narrowed:
-                    self._note(f"{kind} values", narrowed, NARROWED, number)
-                self.nbytes += values.nbytes
+            parts = [getattr(part, kind) for part in rows]
+            if parts[0] is None:
+                continue
+            values, narrowed = finite_float16(
+                parts[0] if len(parts) == 1 else np.concatenate(parts)
+            )
+            if narrowed:
+                self._note(f"{kind} values", narrowed, NARROWED, number)
+            self.nbytes += values.nbytes
             arrays[kind] = values
-        if arrays["q"] is not None and arrays["k"] is not None:
-            arrays["lse"] = self._lse(arrays["q"], arrays["k"], step, data)
-        self._writer.append_layer(model, layer, **arrays)
+        q, k = arrays.get("q"), arrays.get("k")
+        if q is not None and k is not None:
+            arrays["lse"] = self._lse(rows[0], q, k, shares, positions)
+        self._writer.append_layer(model, rows[0].spec.layer, **arrays)
 
     def _lse(
-        self, q: NDArray[Any], k: NDArray[Any], step: StepRecord, data: LayerRows
+        self,
+        layer: LayerRows,
+        q: NDArray[Any],
+        k: NDArray[Any],
+        shares: Mapping[int, Index],
+        positions: NDArray[np.int64],
     ) -> NDArray[np.float32]:
         found = np.empty(q.shape[:2], np.float32)
-        start = 0
-        for sequence in step.sequences:
-            stop = start + sequence.count
-            histories = self._histories.setdefault(sequence.request, {})
-            history = histories.setdefault(data.spec.layer, KeyHistory())
-            history.extend(k[start:stop])
-            found[start:stop] = row_lse(
-                q[start:stop], history.keys, sequence.position, data.spec, data.sinks
-            )
-            start = stop
+        for request, share in shares.items():
+            histories = self._histories.setdefault(request, {})
+            history = histories.setdefault(layer.spec.layer, KeyHistory())
+            history.extend(k[share])
+            first = int(positions[share][0])
+            found[share] = row_lse(q[share], history, first, layer.spec, layer.sinks)
         return found
 
     def _token_rows(
-        self, step: StepRecord, requests: NDArray[np.int64], positions: NDArray[np.int64]
+        self,
+        steps: Sequence[tuple[int, StepRecord]],
+        requests: NDArray[np.int64],
+        positions: NDArray[np.int64],
     ) -> dict[str, Iterable[Any]]:
-        ids: list[int | None] = [None] * len(requests)
-        if step.token_ids is not None:
-            ids = [int(x) for x in step.token_ids]
-        source = step.model.source
+        ids: list[int | None] = []
+        sources: list[str] = []
+        for _, step in steps:
+            known = step.token_ids
+            ids += [None] * step.num_tokens if known is None else [int(x) for x in known]
+            sources += ["generated" if step.phase == "decode" else "prompt"] * step.num_tokens
+        name = steps[0][1].model.source
         return {
             "request": requests,
             "position": positions,
             "token_id": ids,
-            "text": [None if x is None else self._texts.of(source, x) for x in ids],
-            "source": ["generated" if step.phase == "decode" else "prompt"] * len(requests),
+            "text": [None if x is None else self._texts.of(name, x) for x in ids],
+            "source": sources,
         }
 
     def _model(self, info: ModelInfo) -> int:
@@ -190,36 +234,52 @@ class Scribe:
         self.reasons[reason] = self.reasons.get(reason, 0) + count
 
 
-def _columns(step: StepRecord) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Request and position of every row of a step."""
-    sequences = step.sequences
-    requests = np.repeat([s.request for s in sequences], [s.count for s in sequences])
-    positions = [np.arange(s.position, s.position + s.count) for s in sequences]
-    return requests.astype(np.int64), np.concatenate(positions).astype(np.int64)
+def _row_columns(
+    steps: Sequence[tuple[int, StepRecord]],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Step, request and position of every row of some steps."""
+    parts = [(number, s) for number, step in steps for s in step.sequences]
+    counts = [s.count for _, s in parts]
+    positions = [np.arange(s.position, s.position + s.count) for _, s in parts]
+    return (
+        np.repeat(np.array([number for number, _ in parts], np.int64), counts),
+        np.repeat(np.array([s.request for _, s in parts], np.int64), counts),
+        np.concatenate(positions).astype(np.int64),
+    )
 
 
-def _step_row(number: int, model: int, step: StepRecord) -> dict[str, list[Any]]:
+def _shares(requests: NDArray[np.int64]) -> dict[int, Index]:
+    """Rows of each request, in order of position; a slice where they stand together."""
+    found: dict[int, Index] = {}
+    for request in np.unique(requests):
+        rows = np.flatnonzero(requests == request)
+        first, last = int(rows[0]), int(rows[-1])
+        found[int(request)] = slice(first, last + 1) if last - first + 1 == len(rows) else rows
+    return found
+
+
+def _step_rows(first: int, model: int, steps: Sequence[StepRecord]) -> dict[str, list[Any]]:
     return {
-        "step": [number],
-        "run": [0],
-        "model": [model],
-        "phase": [step.phase],
-        "batch_size": [step.batch_size],
-        "num_tokens": [step.num_tokens],
-        "started_ns": [step.started_ns],
-        "duration_ns": [step.duration_ns],
+        "step": list(range(first, first + len(steps))),
+        "run": [0] * len(steps),
+        "model": [model] * len(steps),
+        "phase": [step.phase for step in steps],
+        "batch_size": [step.batch_size for step in steps],
+        "num_tokens": [step.num_tokens for step in steps],
+        "started_ns": [step.started_ns for step in steps],
+        "duration_ns": [step.duration_ns for step in steps],
     }
 
 
-def _request_rows(model: int, step: StepRecord) -> dict[str, Iterable[Any]]:
-    new = [sequence for sequence in step.sequences if sequence.new]
+def _request_rows(model: int, steps: Sequence[tuple[int, StepRecord]]) -> dict[str, Iterable[Any]]:
+    new = [(step, s) for _, step in steps for s in step.sequences if s.new]
     return {
-        "request": [s.request for s in new],
+        "request": [s.request for _, s in new],
         "run": [0] * len(new),
         "model": [model] * len(new),
-        "batch_index": [s.batch_index for s in new],
-        "prompt_tokens": [s.count for s in new],
-        "started_ns": [step.started_ns] * len(new),
+        "batch_index": [s.batch_index for _, s in new],
+        "prompt_tokens": [s.count for _, s in new],
+        "started_ns": [step.started_ns for step, _ in new],
     }
 
 

@@ -51,35 +51,46 @@ SPECS: list[tuple[dict[str, Any], bool]] = [
 
 
 @pytest.mark.parametrize(("options", "has_sinks"), SPECS)
-@pytest.mark.parametrize("block", [1, 700, 1 << 20])
+@pytest.mark.parametrize(("tile", "product", "held"), [(128, 1 << 18, 64), (4, 64, 2), (8, 500, 1)])
 def test_blocks_equal_the_definition(
-    options: dict[str, Any], has_sinks: bool, block: int, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    has_sinks: bool,
+    tile: int,
+    product: int,
+    held: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(lse, "BLOCK_SCORES", block)
+    for name, value in (("TILE", tile), ("PRODUCT", product), ("TILES_HELD", held)):
+        monkeypatch.setattr(lse, name, value)
     q, k = synthetic()
     spec = LayerSpec(0, Q_HEADS, KV_HEADS, WIDTH, WIDTH, 0.7, has_sinks=has_sinks, **options)
     sinks = np.linspace(-1, 2, Q_HEADS, dtype=np.float32) if has_sinks else None
-    keys = k.transpose(1, 0, 2)
     expected = naive(q, k, spec, sinks)
-    np.testing.assert_allclose(row_lse(q, keys, 0, spec, sinks), expected, atol=2e-6)
-    if spec.attention_kind != "bidirectional":
-        later = row_lse(q[30:], keys, 30, spec, sinks)
-        np.testing.assert_allclose(later, expected[30:], atol=2e-6)
+    history = KeyHistory()
+    history.extend(k)
+    np.testing.assert_allclose(row_lse(q, history, 0, spec, sinks), expected, atol=2e-6)
+    if spec.attention_kind == "bidirectional":
+        return
+    stepwise = KeyHistory()
+    stepwise.extend(k[:30])
+    for row in range(30, TOKENS):
+        stepwise.extend(k[row : row + 1])
+        found = row_lse(q[row : row + 1], stepwise, row, spec, sinks)
+        np.testing.assert_allclose(found, expected[row : row + 1], atol=2e-6)
 
 
 def test_key_history_grows_by_doubling_and_keeps_every_key() -> None:
     _, k = synthetic()
     history = KeyHistory()
-    capacities = set()
-    for _ in range(4):
-        for start in (0, 1, 2, 3):
-            stop = start + 1 if start < 3 else TOKENS
-            history.extend(k[start:stop].astype(np.float16))
-            capacities.add(history._keys.shape[1])  # type: ignore[union-attr]
-    assert history.tokens == 4 * TOKENS
-    assert capacities == {64, 128, 256}
-    expected = np.concatenate([k] * 4).astype(np.float16).transpose(1, 0, 2)
-    np.testing.assert_array_equal(history.keys, expected)
+    rooms = []
+    for _ in range(12):
+        history.extend(k.astype(np.float16))
+        rooms.append(history.tiles.shape[1])
+    assert history.tokens == 12 * TOKENS
+    assert rooms == [1, 1, 1, 2, 2, 2, 4, 4, 4, 4, 4, 4]
+    expected = np.concatenate([k] * 12).astype(np.float16).transpose(1, 0, 2)
+    flat = history.tiles.reshape(KV_HEADS, -1, WIDTH)
+    np.testing.assert_array_equal(flat[:, : history.tokens], expected)
 
 
 def test_float16_overflow_is_clipped_and_counted() -> None:

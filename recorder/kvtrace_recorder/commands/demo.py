@@ -1,4 +1,6 @@
-"""Record the bundled model for real, replay the trace, open the viewer: kvtrace demo.
+"""Record the bundled model for real, replay the trace, open the viewer.
+
+The table that replay prints comes first; the viewer then runs until it is stopped.
 
 Replaces the demo trace of an earlier run.
 

@@ -1,4 +1,4 @@
-"""Load a model, generate from prompts and record it: kvtrace generate MODEL --prompt TEXT.
+"""Load a model, generate from prompts and record it.
 
 MODEL is a directory with a transformers model and tokenizer, or a name on the model hub; `demo`
 is the model that comes with kvtrace. Several prompts run as one batch.

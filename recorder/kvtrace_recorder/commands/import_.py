@@ -1,4 +1,4 @@
-"""Make a trace from outside data: kvtrace import qkv-npz FILE --out T.
+"""Make a trace from outside data.
 
 Formats:
   qkv-npz   q{l} [q_head, token, head_dim], k{l}, v{l} [kv_head, token, head_dim] per layer l from

@@ -1,4 +1,4 @@
-"""Record any program that runs a transformers model: kvtrace record -- script.py ARGS.
+"""Record any program that runs a transformers model, unchanged.
 
 The program runs as if it had been started directly; every transformers model it runs is recorded
 from its first forward pass on. What follows `--`:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
 from kvtrace.writer import LayerSpec, TraceWriter
-from kvtrace_recorder.lse import row_lse
+from kvtrace_recorder.lse import KeyHistory, row_lse
 
 Array = NDArray[Any]
 _KINDS = ("q", "k", "v")
@@ -215,8 +215,9 @@ def _write(writer: TraceWriter, file: _QkvFile, specs: list[LayerSpec]) -> None:
 
 
 def _lse(spec: LayerSpec, rows: dict[str, Array]) -> Array:
-    keys = np.ascontiguousarray(rows["k"].transpose(1, 0, 2), np.float32)
-    return row_lse(rows["q"], keys, 0, spec)
+    history = KeyHistory()
+    history.extend(rows["k"])
+    return row_lse(rows["q"], history, 0, spec)
 
 
 def _begin_step(

@@ -23,7 +23,7 @@ from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
 from kvtrace_recorder.taps.masks import token_mask
-from kvtrace_recorder.taps.operands import parse_call, take_rows
+from kvtrace_recorder.taps.operands import collect_rows, parse_call, take_rows
 
 
 class Session:
@@ -105,6 +105,7 @@ class Session:
         record.duration_ns = max(0, elapsed_ns - step.tap_ns)
         cache = step.cache if step.cache is not None else _find_cache(output)
         if record.fault is None:
+            self.guard.run("attention", collect_rows, step, self._dtype)
             record.fault = self._missing_layers(step)
         if cache is not None:
             self._book.bind(cache, entry)

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import StepRecord
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import Bools, CacheEntry
+
+
+@dataclass(slots=True)
+class Taken:
+    """What a layer's attention call was given of the step's own tokens, still where it was.
+
+    Attributes
+    ----------
+    spec : LayerSpec
+        The layer.
+    rows : dict of str to torch.Tensor
+        q, k, v, as far as they are kept: [batch, head, token, width].
+    sinks : torch.Tensor or None
+        [q_head].
+    """
+
+    spec: LayerSpec
+    rows: dict[str, torch.Tensor]
+    sinks: torch.Tensor | None
 
 
 @dataclass
@@ -34,6 +55,8 @@ class ActiveStep:
         [batch, length] of bool: tokens rather than padding.
     keep : torch.Tensor or None
         Indices of the tokens in [batch * length]; None where there is no padding.
+    taken : dict of int to Taken
+        Layers that have attended.
     tap_ns : int
         Time spent in taps, which is not the model's.
     checked : set
@@ -49,5 +72,11 @@ class ActiveStep:
     entry: CacheEntry
     real: Bools
     keep: torch.Tensor | None
+    taken: dict[int, Taken] = field(default_factory=dict)
     tap_ns: int = 0
     checked: set[tuple[Any, ...]] = field(default_factory=set)
+
+    @cached_property
+    def is_contiguous(self) -> bool:
+        """Whether no padding stands between the tokens of any row, this step's included."""
+        return self.entry.is_contiguous

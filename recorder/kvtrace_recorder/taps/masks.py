@@ -50,12 +50,12 @@ def token_mask(mask: Any, past: int, batch: int, length: int) -> Bools:
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         raise UnrecordableError(f"the attention mask is a {type(mask).__name__} of unknown form")
     # Of four axes: the last query sees every token up to itself, and no padding.
-    seen = _seen(mask[:, 0, -1]) if mask.ndim == 4 else (mask != 0).cpu().numpy()
-    columns = seen[:, past : past + length] if seen.shape[1] >= past + length else seen
-    if columns.shape[1] != length:
-        raise UnrecordableError(
-            f"the attention mask covers {seen.shape[1]} of {past + length} tokens"
-        )
+    last = mask[:, 0, -1] if mask.ndim == 4 else mask
+    covered = last.shape[1]
+    if covered < past + length and covered != length:
+        raise UnrecordableError(f"the attention mask covers {covered} of {past + length} tokens")
+    own = last[:, past : past + length] if covered > length else last
+    columns = _seen(own) if mask.ndim == 4 else (own != 0).cpu().numpy()
     if mask.ndim == 4 and (_own(mask, past, length) & ~columns).any():
         # Padding sees nothing, itself included.
         raise UnrecordableError("the mask hides earlier tokens from the last one")
@@ -112,8 +112,10 @@ def _own(mask: torch.Tensor, past: int, length: int) -> Bools:
 
 
 def _check_no_mask(step: ActiveStep, call: Call, spec: LayerSpec) -> None:
+    if spec.sliding_window is None:
+        return
     kernel = str(getattr(step.model.config, "_attn_implementation", ""))
-    if spec.sliding_window is None or not kernel.startswith(("sdpa", "eager")):
+    if not kernel.startswith(("sdpa", "eager")):
         return
     if call.mask is None and step.length > 1 and call.k.shape[2] > spec.sliding_window:
         raise UnrecordableError(

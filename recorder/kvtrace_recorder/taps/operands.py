@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import BaseQuantizedLayer, StaticLayer, StaticSlidingWindowLayer
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import Array, LayerRows
 from kvtrace_recorder.session.models import ModelState
-from kvtrace_recorder.session.step import ActiveStep
+from kvtrace_recorder.session.step import ActiveStep, Taken
 from kvtrace_recorder.taps.guard import UnrecordableError
 from kvtrace_recorder.taps.masks import check_mask
 
 _NAMES = ("module", "query", "key", "value", "attention_mask")
+#: Steps with more rows than this are copied layer by layer, so that they do not pile up.
+DEFERRED_ROWS = 64
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """An attention call.
 
@@ -45,21 +49,17 @@ class Call:
 
 def parse_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Name the operands of an attention function's call."""
-    named = dict(zip(_NAMES, args, strict=False))
-    extra = {name: value for name, value in kwargs.items() if name not in _NAMES}
-    named |= {name: value for name, value in kwargs.items() if name in _NAMES}
-    return Call(
-        module=named["module"],
-        q=named["query"],
-        k=named["key"],
-        v=named["value"],
-        mask=named.get("attention_mask"),
-        extra=extra,
-    )
+    if len(args) == len(_NAMES):
+        # How every model of transformers calls it; this runs once a layer and step.
+        module, q, k, v, mask = args
+        return Call(module, q, k, v, mask, kwargs)
+    named = dict(zip(_NAMES, args, strict=False)) | kwargs
+    module, q, k, v, mask = (named.get(name) for name in _NAMES)
+    return Call(module, q, k, v, mask, named)
 
 
 def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) -> None:
-    """Put one layer's rows of the running step into its record.
+    """Take one layer's rows of the running step.
 
     Raises
     ------
@@ -67,33 +67,55 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) 
         Where the rows or what they attended to cannot be known.
     """
     layer = step.model.layer_of(call.module)
-    if layer in step.record.layers:
+    if layer in step.taken:
         raise UnrecordableError(
             f"layer {layer} attended twice in one step; cross attention is not recorded"
         )
-    if call.q.ndim != 4 or call.q.shape[0] != step.batch or call.q.shape[2] != step.length:
+    q, length = call.q, step.length
+    if q.ndim != 4 or q.shape[0] != step.batch or q.shape[2] != length:
         raise UnrecordableError(
-            f"layer {layer} had queries of shape {tuple(call.q.shape)} in a step of"
-            f" {step.batch} x {step.length} tokens"
+            f"layer {layer} had queries of shape {tuple(q.shape)} in a step of"
+            f" {step.batch} x {length} tokens"
         )
     spec = _spec(step.model, layer, call)
     first, offset = _new_keys(step, layer, call.k)
-    if spec.sliding_window is not None and not step.entry.is_contiguous:
+    if spec.sliding_window is not None and not step.is_contiguous:
         raise UnrecordableError("padding stands between the tokens of a sliding-window layer")
     check_mask(step, call, spec, offset)
     sinks = call.extra.get("s_aux")
-    host = {
-        kind: _to_host(tensor, start, step, DTYPES[dtype])
-        for kind, tensor, start in (("q", call.q, 0), ("k", call.k, first), ("v", call.v, first))
-        if kind in kinds
-    }
-    step.record.layers[layer] = LayerRows(
-        spec,
-        host.get("q"),
-        host.get("k"),
-        host.get("v"),
-        None if sinks is None else sinks.detach().float().cpu().numpy(),
-    )
+    rows = {}
+    if "q" in kinds:
+        rows["q"] = q
+    if "k" in kinds:
+        rows["k"] = call.k[:, :, first : first + length]
+    if "v" in kinds:
+        rows["v"] = call.v[:, :, first : first + length]
+    step.taken[layer] = Taken(spec, rows, sinks)
+    if step.batch * length > DEFERRED_ROWS:
+        collect_rows(step, dtype)
+
+
+def collect_rows(step: ActiveStep, dtype: str) -> None:
+    """Copy to the host what `take_rows` has taken and not yet copied.
+
+    The layers of a decode step are copied together at its end: by themselves they are so small
+    that the calls would cost more than the copies. Nothing writes into q, k or v in between: the
+    first is the layer's own, the others are the cache's, which changes at the next step.
+    """
+    waiting = [(n, t) for n, t in step.taken.items() if n not in step.record.layers]
+    groups: dict[tuple[Any, ...], list[tuple[int, Taken]]] = {}
+    for number, taken in waiting:
+        shapes = tuple((x.shape, x.device) for x in taken.rows.values())
+        groups.setdefault(shapes, []).append((number, taken))
+    for group in groups.values():
+        host = {
+            kind: _to_host([taken.rows[kind] for _, taken in group], step, DTYPES[dtype])
+            for kind in group[0][1].rows
+        }
+        for index, (number, taken) in enumerate(group):
+            q, k, v = (host[kind][index] if kind in host else None for kind in ("q", "k", "v"))
+            sinks = None if taken.sinks is None else taken.sinks.detach().float().cpu().numpy()
+            step.record.layers[number] = LayerRows(taken.spec, q, k, v, sinks)
 
 
 def _spec(model: ModelState, layer: int, call: Call) -> LayerSpec:
@@ -134,24 +156,34 @@ def _new_keys(step: ActiveStep, layer: int, k: torch.Tensor) -> tuple[int, int]:
     total, held = step.past + step.length, k.shape[2]
     layers = getattr(step.cache, "layers", ())
     kept = layers[layer] if layer < len(layers) else None
-    if isinstance(kept, StaticSlidingWindowLayer | BaseQuantizedLayer):
+    form = _form(kept.__class__)
+    if form == "unknown":
         raise UnrecordableError(f"layer {layer} keeps its keys in a {type(kept).__name__}")
-    if isinstance(kept, StaticLayer):
+    if form == "static":
         return step.past, 0
     if held < step.length or held > total or (step.cache is None and held != step.length):
         raise UnrecordableError(f"layer {layer} was given {held} keys after {total} tokens")
     return held - step.length, total - held
 
 
-def _to_host(tensor: torch.Tensor, start: int, step: ActiveStep, dtype: torch.dtype) -> Array:
-    """[row, head, width] of the step's own tokens, a copy in the storage type."""
-    rows = tensor.detach()[:, :, start : start + step.length].transpose(1, 2)
-    batch, length, heads, width = rows.shape
-    # One pass that orders, narrows and copies; the model may reuse its own memory afterwards.
-    narrowed = torch.empty((batch, length, heads, width), dtype=dtype, device=rows.device)
-    narrowed.copy_(rows)
-    flat = narrowed.view(batch * length, heads, width)
+@cache
+def _form(kept: type[Any]) -> str:
+    """How a cache layer of this type hands keys to attention."""
+    if issubclass(kept, StaticSlidingWindowLayer | BaseQuantizedLayer):
+        return "unknown"
+    return "static" if issubclass(kept, StaticLayer) else "growing"
+
+
+def _to_host(tensors: list[torch.Tensor], step: ActiveStep, dtype: torch.dtype) -> Array:
+    """[layer, row, head, width] of the step's own tokens, copied in the storage type."""
+    batch, heads, length, width = tensors[0].shape
+    # One pass that orders, narrows and copies.
+    found = torch.empty(
+        (len(tensors), batch, length, heads, width), dtype=dtype, device=tensors[0].device
+    )
+    rows = tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    found.copy_(rows.detach().transpose(2, 3))
+    flat = found.view(len(tensors), batch * length, heads, width)
     if step.keep is not None:
-        flat = flat.index_select(0, step.keep.to(flat.device))
-    found: Array = flat.cpu().numpy()
-    return found
+        flat = flat.index_select(1, step.keep.to(flat.device))
+    return np.asarray(flat.cpu().numpy())
