@@ -19,7 +19,7 @@ def kvpress_heads(layer: int, prompt: int = 192) -> list[Head]:
     """The KV heads of one layer of kvpress_a: a tiny random-weights Llama, really run."""
     with np.load(REFERENCE / "kvpress_a.npz") as data:
         q, k, v = (data[f"{name}{layer}"] for name in "qkv")
-    return _heads(q, k, v, layer, prompt)
+    return _heads(q, k, v, layer, prompt, num_layers=4)
 
 
 def random_weights_heads(tokens: int = 72, prompt: int = 40) -> list[Head]:
@@ -80,7 +80,7 @@ def with_lse(head: Head, learned_sink: float | None = None) -> Head:
     return replace(head, lse=lse, has_sinks=learned_sink is not None)
 
 
-def _heads(q: Any, k: Any, v: Any, layer: int, prompt: int) -> list[Head]:
+def _heads(q: Any, k: Any, v: Any, layer: int, prompt: int, num_layers: int = 1) -> list[Head]:
     group = len(q) // len(k)
     scale = float(q.shape[2] ** -0.5)
     return [
@@ -93,6 +93,7 @@ def _heads(q: Any, k: Any, v: Any, layer: int, prompt: int) -> list[Head]:
             prompt_tokens=prompt,
             layer=layer,
             kv_head=h,
+            num_layers=num_layers,
         )
         for h in range(len(k))
     ]

@@ -60,7 +60,7 @@ def replay(
     recent: str = "0",
     window: int | None = None,
     sink_share: Array | None = None,
-    head: dict[str, Array] | None = None,
+    head: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
 ) -> Naive:
     """Replay one head.
@@ -76,7 +76,8 @@ def replay(
     sinks, recent : protection
     window : keys the model itself sees
     sink_share : [query head, row], what a learned sink takes
-    head : k, v [token, d], and `layer` [row, key], the mean over the layer's query heads
+    head : k, v [token, d]; `layer`, the maps of all KV heads of the layer, with `layer_shares`,
+        what learned sinks take of them
     options : the policy's own parameters
     """
     group, tokens, _ = a.shape
@@ -121,6 +122,7 @@ def _cut(
     wanted = limit * int(recent[:-1]) // 100 if recent.endswith("%") else int(recent)
     last = min(wanted, limit - first)
     candidates = [j for j in kept if j >= first and j <= i - last]
+    score.before_cut(i, kept, limit)
     ranked = sorted(candidates, key=lambda j: (score.of(i, j), j))  # equal: the older first
     for j in ranked[:surplus]:
         kept.remove(j)
@@ -142,7 +144,7 @@ class Scores:
         budget: str,
         cuts: list[int],
         window: int | None,
-        head: dict[str, Array],
+        head: dict[str, Any],
         options: dict[str, Any],
     ) -> None:
         self.a, self.outside, self.budget, self.cuts = a, outside, budget, cuts
@@ -155,6 +157,9 @@ class Scores:
 
     def update(self, i: int, kept: list[int]) -> None:
         """See row i, with what is visible to it."""
+
+    def before_cut(self, i: int, kept: list[int], limit: int) -> None:
+        """See what is held at a cut that will evict."""
 
     def of(self, i: int, j: int) -> float:
         """Score of token j after row i; higher = kept."""
@@ -247,13 +252,185 @@ class Future(Scores):
         return self.values[i][j]
 
 
+class Drawn(Scores):
+    """random: the same stream of draws, one for each token at each decision."""
+
+    def start(self) -> None:
+        self.stream = np.random.default_rng([self.options.get("seed", 0), *self.head["where"]])
+
+    def update(self, i: int, kept: list[int]) -> None:
+        if i in self.cuts:
+            self.draws = self.stream.random(i + 1)
+
+    def of(self, i: int, j: int) -> float:
+        return float(self.draws[j])
+
+
+class TimesNeeded(Scores):
+    """lfu."""
+
+    def start(self) -> None:
+        self.times = [0] * self.tokens
+
+    def update(self, i: int, kept: list[int]) -> None:
+        for j in range(i + 1):
+            self.times[j] += sum(self.a[g, i, j] >= 1 / (i + 1) for g in range(self.group))
+
+    def of(self, i: int, j: int) -> float:
+        return self.times[j]
+
+
+class MeanReceived(Scores):
+    """observed_attention."""
+
+    def of(self, i: int, j: int) -> float:
+        first = i + 1 if self.window is None else min(i + 1, j + self.window)
+        received = 0.0
+        for row in range(j, i + 1):
+            received += float(self.a[:, row, j].sum())
+        return received / (first - j) / self.group
+
+
+class LastRow(Scores):
+    """tova."""
+
+    def before_cut(self, i: int, kept: list[int], limit: int) -> None:
+        self.mean = dict.fromkeys(kept, 0.0)
+        heads = 0
+        for a, share in zip(self.head["layer"], self.head["layer_shares"], strict=True):
+            for g in range(len(a)):
+                heads += 1
+                total = sum(float(a[g, i, j]) for j in kept) + share[g, i]
+                for j in kept:
+                    self.mean[j] += float(a[g, i, j]) / total
+        self.mean = {j: value / heads for j, value in self.mean.items()}
+
+    def of(self, i: int, j: int) -> float:
+        return self.mean[j]
+
+
+class WindowVotes(Scores):
+    """snapkv, and pyramidkv where there is one layer."""
+
+    def of(self, i: int, j: int) -> float:
+        window = self.options.get("window", 64)
+        half = self.options.get("kernel", 5) // 2
+        voted = i + 1 - window
+        if j >= voted:
+            return 0.0
+        near = [k for k in range(j - half, j + half + 1) if 0 <= k < voted]
+        votes = [
+            [sum(self.a[g, row, k] for row in range(voted, i + 1)) / window for k in near]
+            for g in range(self.group)
+        ]
+        if self.options.get("pool", "avg") == "max":
+            return float(np.mean([max(vote) for vote in votes]))
+        return float(np.mean([sum(vote) / (2 * half + 1) for vote in votes]))
+
+
+class SmallKey(Scores):
+    """knorm."""
+
+    def of(self, i: int, j: int) -> float:
+        key = self.head["k"][j].astype(np.float64)
+        return -float(np.float32(math.sqrt((key**2).sum())))
+
+
+class OddKey(Scores):
+    """keydiff."""
+
+    def before_cut(self, i: int, kept: list[int], limit: int) -> None:
+        self.score = self.unlike_the_mean(kept)
+
+    def unlike_the_mean(self, kept: list[int]) -> dict[int, float]:
+        keys = {j: self.head["k"][j].astype(np.float64) for j in kept}
+        unit = {j: key / math.sqrt((key**2).sum()) for j, key in keys.items()}
+        mean = np.mean(list(unit.values()), axis=0)
+        length = math.sqrt((mean**2).sum())
+        return {j: -float(np.float32(u @ mean / length)) for j, u in unit.items()}
+
+    def of(self, i: int, j: int) -> float:
+        return self.score[j]
+
+
+class OddKeyByBlocks(OddKey):
+    """block_keydiff."""
+
+    def before_cut(self, i: int, kept: list[int], limit: int) -> None:
+        stay, rest = list(kept[:limit]), list(kept[limit:])
+        block = self.options.get("block", 128)
+        while rest:
+            stay, rest = stay + rest[:block], rest[block:]
+            score = self.unlike_the_mean(stay)
+            stay = sorted(sorted(stay, key=lambda j: (score[j], j))[-limit:])
+        self.score = {j: float(j in stay) for j in kept}
+
+
+class Lagged(Scores):
+    """lagkv."""
+
+    def of(self, i: int, j: int) -> float:
+        sinks, lag = 4, self.options.get("lag", 128)
+        parts = (i + 1 - sinks) // lag
+        if parts < 2:
+            return j
+        mine = (j - sinks) // lag
+        if j < sinks or mine >= parts - 1:
+            return 1.0
+        own = range(sinks + mine * lag, sinks + (mine + 1) * lag)
+        scores = np.zeros(lag)
+        for name in "kv":
+            vectors = self.head[name].astype(np.float64)
+            after = vectors[own.stop : own.stop + lag]
+            low, high = after.min(axis=0), after.max(axis=0)
+            spread = [np.std((vectors[x] - low) / (high - low), ddof=1) for x in own]
+            scores += np.exp(spread) / np.exp(spread).sum()
+        return float((scores < scores[j - own.start]).sum()) / lag
+
+
+class Leverage(Scores):
+    """cur."""
+
+    def of(self, i: int, j: int) -> float:
+        window = self.options.get("window", 16)
+        first = j - j % window
+        score = 1.0
+        for name in "kv":
+            part = self.head[name][first : min(first + window, i + 1)].astype(np.float64)
+            energy = (part**2).sum(axis=1)
+            score *= energy[j - first] / energy.sum()
+        return score
+
+
 SCORES: dict[str, type[Scores]] = {
     "full": Youngest,
     "sliding_window": Youngest,
     "streaming_llm": Youngest,
+    "fifo": Youngest,
+    "pinned_prefix": Youngest,
+    "random": Drawn,
     "lru": LastNeeded,
+    "lfu": TimesNeeded,
+    "observed_attention": MeanReceived,
+    "tova": LastRow,
+    "snapkv": WindowVotes,
+    "pyramidkv": WindowVotes,
+    "knorm": SmallKey,
+    "keydiff": OddKey,
+    "block_keydiff": OddKeyByBlocks,
+    "lagkv": Lagged,
+    "cur": Leverage,
     "h2o": Accumulated,
     "oracle": Future,
 }
-PROTECTION: dict[str, dict[str, Any]] = {"streaming_llm": {"sinks": 4}, "h2o": {"recent": "50%"}}
+PROTECTION: dict[str, dict[str, Any]] = {
+    "streaming_llm": {"sinks": 4},
+    "pinned_prefix": {"sinks": 32},
+    "h2o": {"recent": "50%"},
+    "tova": {"recent": "1"},
+    "snapkv": {"recent": "64"},
+    "pyramidkv": {"recent": "64"},
+    "lagkv": {"sinks": 4},
+    "cur": {"sinks": 4},
+}
 """What the policies protect by default."""

@@ -30,6 +30,15 @@ SPECS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lru:sinks=2,recent=3": ("lru", {"sinks": 2, "recent": "3"}, {}),
     "sliding_window:sinks=9,recent=40%": ("sliding_window", {"sinks": 9, "recent": "40%"}, {}),
     "oracle:prices=5,recent=2": ("oracle", {"recent": "2"}, {"prices": 5}),
+    "snapkv:window=6,kernel=3": ("snapkv", {"recent": "6"}, {"window": 6, "kernel": 3}),
+    "snapkv:window=4,pool=max,sinks=1": (
+        "snapkv",
+        {"recent": "4", "sinks": 1},
+        {"window": 4, "pool": "max"},
+    ),
+    "block_keydiff:block=5": ("block_keydiff", {}, {"block": 5}),
+    "lagkv:lag=9": ("lagkv", {"sinks": 4}, {"lag": 9}),
+    "random:seed=3": ("random", {}, {"seed": 3}),
 }
 
 
@@ -43,11 +52,11 @@ def engine(heads: list[Head], specs: list[str], budgets: list[str], when: str) -
 
 def compare(heads: list[Head], specs: list[str], when: str) -> None:
     maps = [attention(head) for head in heads]
-    layer = np.concatenate(maps).mean(axis=0, dtype=np.float64)
+    shares = [sink_share(head, a) for head, a in zip(heads, maps, strict=True)]
     for found, a, head in zip(engine(heads, specs, BUDGETS, when), maps, heads, strict=True):
         totals = found.summarise(StepTotals.zeros(len(specs) * len(BUDGETS), head.tokens))
-        share = np.maximum(1 - a.sum(axis=2, dtype=np.float64), 0) if head.has_sinks else None
-        inputs = {"k": head.k, "v": head.v, "layer": layer}
+        inputs = {"k": head.k, "v": head.v, "where": (head.layer, head.kv_head)}
+        inputs |= {"layer": maps, "layer_shares": shares}
         for s, spec in enumerate(specs):
             name, protection, options = SPECS[spec]
             for b, budget in enumerate(BUDGETS):
@@ -58,13 +67,19 @@ def compare(heads: list[Head], specs: list[str], when: str) -> None:
                     when,
                     head.prompt_tokens,
                     window=head.window,
-                    sink_share=share,
+                    sink_share=sink_share(head, a),
                     head=inputs,
                     options=options,
                     **protection,
                 )
                 p = s * len(BUDGETS) + b
                 check(found, totals, p, want, f"{spec}@{budget}/{when}")
+
+
+def sink_share(head: Head, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What a learned sink takes of each row."""
+    sums = a.sum(axis=2, dtype=np.float64)
+    return np.maximum(1 - sums, 0) if head.has_sinks else np.zeros_like(sums)
 
 
 def check(found: HeadReplay, totals: Any, p: int, want: naive.Naive, where: str) -> None:

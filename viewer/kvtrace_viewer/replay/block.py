@@ -136,18 +136,18 @@ class Block:
         First row, and one past the last.
     attention : float32 [query head of the group, row, key]
         Post-softmax attention of the full cache; the engine's buffer, do not write, do not keep.
-    layer_mean : float64 [row, key] or None
-        Mean over all query heads of the layer; only for policies with `across_heads`.
     needed_share : float
         Threshold of being needed, in uniform shares.
+    layer : tuple of Block
+        The same rows of all KV heads of the layer; only for policies with `across_heads`.
     """
 
     head: Head
     start: int
     stop: int
     attention: Floats
-    layer_mean: NDArray[np.float64] | None = None
     needed_share: float = 1.0
+    layer: tuple[Block, ...] = ()
 
     @cached_property
     def received(self) -> NDArray[np.float64]:

@@ -96,6 +96,12 @@ class Cache:
         )
         self.joined = int(cuts.rows[-1]) + 1
 
+    def held_before(self, row: int, b: int) -> NDArray[np.int64]:
+        """Positions in budget b's cache at the cut after `row`, ascending."""
+        before = self.slots[b, : self.counts[b]].astype(np.int64)
+        held = np.concatenate([before, np.arange(self.joined, row + 1, dtype=np.int64)])
+        return np.asarray(held if self.window is None else held[held > row + 1 - self.window])
+
 
 def left_window(tokens: int, window: int | None) -> NDArray[np.int32]:
     """[token]: the last row whose query the model itself lets see the position, NEVER if all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ class HeadReplay:
     def block(self, start: int, stop: int) -> Block:
         """Compute the attention rows start..stop-1."""
         rows = self.head.rows(start, stop, self.buffer)
-        return Block(self.head, start, stop, rows, None, self.options.needed_share)
+        return Block(self.head, start, stop, rows, self.options.needed_share)
 
     def look_ahead(self) -> None:
         """Show the rows, last block first, to the policies that know the future."""
@@ -123,18 +123,9 @@ def replay_layer(
     for start, stop in blocks(heads[0]):
         if together:
             rows = list(pool.map(lambda r: r.block(start, stop), replays))  # noqa: B023
-            mean = layer_mean(rows)
-            rows = [Block(b.head, b.start, b.stop, b.attention, mean, b.needed_share) for b in rows]
-            list(pool.map(HeadReplay.advance, replays, rows))
+            seen = [replace(block, layer=tuple(rows)) for block in rows]
+            list(pool.map(HeadReplay.advance, replays, seen))
         else:
             list(pool.map(lambda r: r.advance(r.block(start, stop)), replays))  # noqa: B023
         progress(stop - start)
     return replays
-
-
-def layer_mean(rows: list[Block]) -> NDArray[np.float64]:
-    """Mean attention [row, key] over all query heads of a layer."""
-    total = np.zeros(rows[0].attention.shape[1:])
-    for block in rows:
-        total += block.received
-    return np.asarray(total / sum(block.head.group for block in rows))

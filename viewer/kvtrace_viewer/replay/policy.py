@@ -46,7 +46,9 @@ class Policy:
     default_when: ClassVar[str] = "step"
     """When it decides in its paper."""
     across_heads: ClassVar[bool] = False
-    """Whether it reads `Block.layer_mean`."""
+    """Whether it reads `Block.layer`, the rows of the other heads."""
+    needs_held: ClassVar[bool] = False
+    """Whether scores depend on what is held: then `score_held` is asked instead of `scores`."""
     looks_ahead: ClassVar[bool] = False
     """Whether the engine must call `look_ahead` for every block, last first, before the replay."""
 
@@ -71,9 +73,37 @@ class Policy:
         """
         raise NotImplementedError
 
+    def score_held(
+        self, held: NDArray[np.int64], limit: int, row: int, block: Block, state: Any
+    ) -> NDArray[np.float64]:
+        """Score what one cache holds at the cut after `row`. Higher = kept.
+
+        Parameters
+        ----------
+        held : int64 [held]
+            Positions, ascending; there are more than `limit`.
+        limit : int
+            Tokens that will be left.
+
+        Returns
+        -------
+        float64 [held]
+        """
+        raise NotImplementedError
+
     def decide(self, block: Block, cuts: Cuts, state: Any, cache: Cache) -> None:
-        """Make the decisions of a block; overridden by policies whose scores need the kept set."""
-        cache.cut(cuts, self.scores(block, cuts, state))
+        """Make the decisions of a block."""
+        if not self.needs_held:
+            cache.cut(cuts, self.scores(block, cuts, state))
+            return
+        for row in cuts.rows:
+            one = cuts.within(row, row + 1)
+            lines = np.zeros((one.limits.shape[1], 1, row + 1))
+            for b, limit in enumerate(one.limits[0]):
+                held = cache.held_before(int(row), b)
+                if len(held) > limit:
+                    lines[b, 0, held] = self.score_held(held, int(limit), int(row), block, state)
+            cache.cut(one, lines)
 
     def look_ahead(self, block: Block, cuts: Cuts, state: Any) -> None:
         """See a block before the replay; called from the last block to the first."""
@@ -89,12 +119,18 @@ class Policy:
         """
         return budget.limits(present(rows, head.window))
 
+    @property
+    def least_recent(self) -> int:
+        """Last tokens that the policy itself never evicts, whatever `recent` is."""
+        return 0
+
     def cuts(self, when: When, budgets: list[Budget], head: Head) -> Cuts:
         """All decisions over a request, with protection clipped to the budget."""
         rows = when.cuts(head.tokens, head.prompt_tokens)
         limits = np.stack([self.limits(b, rows, head) for b in budgets], axis=1)
         sinks = np.minimum(self.sinks, limits)
-        recent = np.minimum(self.recent.of(limits), limits - sinks)
+        recent = np.maximum(self.recent.of(limits), self.least_recent)
+        recent = np.minimum(recent, limits - sinks)
         return Cuts(rows, limits, sinks, recent)
 
     def exactness(self, when: When) -> str:

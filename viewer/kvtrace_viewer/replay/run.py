@@ -236,7 +236,8 @@ class _Work:
     def _notes(self, pair: Pair) -> tuple[str, ...]:
         present = max(len(rows) for _, rows in self.replayed.values())
         limit = pair.budget.limits(np.array([present]))
-        protected = pair.policy.sinks + int(pair.policy.recent.of(limit)[0])
+        last = max(int(pair.policy.recent.of(limit)[0]), pair.policy.least_recent)
+        protected = pair.policy.sinks + last
         if protected <= limit[0]:
             return ()
         return (
