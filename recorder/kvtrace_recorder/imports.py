@@ -13,7 +13,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-
 #: Modules whose code has run while Python still calls them initialising: those being announced.
 _announced: set[str] = set()
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import kvtrace.cli
-from kvtrace_recorder.commands.summary import summary
+from kvtrace_recorder.commands.summary import quiet, summary
 
 POLICIES = ("full", "sliding_window", "streaming_llm", "lru", "h2o", "oracle")
 BUDGET = "25%"
@@ -54,6 +54,7 @@ def _record(path: Path) -> None:
     from kvtrace_recorder import demo
     from kvtrace_recorder.session.recording import record
 
+    quiet()
     print("kvtrace: recording the bundled model ...", file=sys.stderr)
     model, tokenizer = demo.load()
     batch = tokenizer(demo.PROMPT, return_tensors="pt")

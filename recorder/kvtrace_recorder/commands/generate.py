@@ -16,7 +16,7 @@ from typing import Any
 
 from kvtrace.errors import InputError
 from kvtrace_recorder.commands.options import add_recording_options, refuse_existing
-from kvtrace_recorder.commands.summary import summary
+from kvtrace_recorder.commands.summary import quiet, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +114,7 @@ def _load(name: str, attention: str | None) -> tuple[Any, Any]:
     from huggingface_hub.errors import HFValidationError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quiet()
     options = {} if attention is None else {"attn_implementation": attention}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -1,7 +1,8 @@
-"""The last line of every verb that makes a trace."""
+"""What every verb that makes a trace has to say, and what not."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import kvtrace
@@ -22,3 +23,11 @@ def summary(path: Path) -> str:
         f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
         f" kvtrace replay {path} --policy h2o --budget 25%; kvtrace view {path.parent}"
     )
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars out of files and pipes."""
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()

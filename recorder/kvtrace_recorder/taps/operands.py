@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from kvtrace_recorder.taps.guard import UnrecordableError
 from kvtrace_recorder.taps.masks import check_mask
 
 _NAMES = ("module", "query", "key", "value", "attention_mask")
+#: Asking an abstract class costs more than the rest of the look-up: once a type.
+_FORMS: dict[type, str] = {}
 #: Steps with more rows than this are copied layer by layer, so that they do not pile up.
 DEFERRED_ROWS = 64
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -53,9 +54,9 @@ def parse_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         # How every model of transformers calls it; this runs once a layer and step.
         module, q, k, v, mask = args
         return Call(module, q, k, v, mask, kwargs)
-    named = dict(zip(_NAMES, args, strict=False)) | kwargs
-    module, q, k, v, mask = (named.get(name) for name in _NAMES)
-    return Call(module, q, k, v, mask, named)
+    named: dict[str, Any] = dict(zip(_NAMES, args, strict=False)) | kwargs
+    mask = named.get("attention_mask")
+    return Call(named["module"], named["query"], named["key"], named["value"], mask, named)
 
 
 def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) -> None:
@@ -155,8 +156,8 @@ def _new_keys(step: ActiveStep, layer: int, k: torch.Tensor) -> tuple[int, int]:
     """Where in k the step's own keys begin, and which slot of the sequence k begins with."""
     total, held = step.past + step.length, k.shape[2]
     layers = getattr(step.cache, "layers", ())
-    kept = layers[layer] if layer < len(layers) else None
-    form = _form(kept.__class__)
+    kept: Any = layers[layer] if layer < len(layers) else None
+    form = _form(type(kept))
     if form == "unknown":
         raise UnrecordableError(f"layer {layer} keeps its keys in a {type(kept).__name__}")
     if form == "static":
@@ -166,12 +167,13 @@ def _new_keys(step: ActiveStep, layer: int, k: torch.Tensor) -> tuple[int, int]:
     return held - step.length, total - held
 
 
-@cache
-def _form(kept: type[Any]) -> str:
+def _form(kept: type) -> str:
     """How a cache layer of this type hands keys to attention."""
-    if issubclass(kept, StaticSlidingWindowLayer | BaseQuantizedLayer):
-        return "unknown"
-    return "static" if issubclass(kept, StaticLayer) else "growing"
+    if kept not in _FORMS:
+        unknown = issubclass(kept, StaticSlidingWindowLayer | BaseQuantizedLayer)
+        static = issubclass(kept, StaticLayer)
+        _FORMS[kept] = "unknown" if unknown else "static" if static else "growing"
+    return _FORMS[kept]
 
 
 def _to_host(tensors: list[torch.Tensor], step: ActiveStep, dtype: torch.dtype) -> Array:
