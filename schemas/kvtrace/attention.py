@@ -71,7 +71,9 @@ def weights(
     numpy.ndarray
         [row, key]; zero where the key was not visible.
     """
-    found = np.exp(scores(q, k, layer) - lse[:, None])
+    with np.errstate(over="ignore"):
+        # Keys that the query could not see are not in its lse: their exponent has no bound.
+        found = np.exp(scores(q, k, layer) - lse[:, None])
     found[~visible(rows, keys, layer)] = 0
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ Weights = NDArray[np.float32]
 class SyntheticMap:
     """A map held whole: NaN above the diagonal, rows that sum to 1."""
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: NDArray[Any]) -> None:
         self.weights = weights.astype(np.float32).copy()
         self.num_tokens = len(weights)
         self.weights[np.triu_indices(self.num_tokens, 1)] = np.nan
@@ -101,7 +102,9 @@ def test_a_single_hot_key_survives_any_shrinking() -> None:
     source = SyntheticMap(weights)
     planes = np.frombuffer(tiles.tile(source, 6, 0, 0, "linear"), np.uint8).reshape(2, 256, 256)
     column, first_row = 517 >> 6, (517 >> 6) + 1
-    assert np.all(planes[0, first_row : total >> 6, column] == encode(np.float32([0.9]), "linear"))
+    assert np.all(
+        planes[0, first_row : total >> 6, column] == encode(np.array([0.9], np.float32), "linear")
+    )
     assert planes[1, first_row, column] < planes[0, first_row, column]
 
 

@@ -26,6 +26,10 @@ window.kv = window.kv || {};
         return page;
     }
 
+    /* Whether an answer that was waited for still has a place to go. */
+    const here = (visit, query) =>
+        page === visit && visit.canvas.isConnected && visit.shown.query === query;
+
     function choose(layer, head) {
         kv.setProps("attention-layer", { value: String(layer) });
         kv.setProps("attention-head", { value: String(head) });
@@ -42,7 +46,7 @@ window.kv = window.kv || {};
     /* ---- choosing what is shown ---- */
 
     async function update(config, request, layerIndex, head, scale, pool) {
-        const here = mount(config);
+        const visit = mount(config);
         const info = config.requests[request];
         const layer = info.layers[Math.min(Number(layerIndex), info.layers.length - 1)];
         const chosen = {
@@ -50,22 +54,22 @@ window.kv = window.kv || {};
             head: Math.min(Number(head), layer.heads - 1),
         };
         const query = { ...chosen, scale };
-        const before = here.shown;
-        here.shown = { query, info, layer, pool };
+        const before = visit.shown;
+        visit.shown = { query, info, layer, pool };
         kv.setQuery({ ...chosen, layer: layerIndex, scale, pool });
-        here.wall.show({ trace: config.trace, request, scale }, info, pool,
+        visit.wall.show({ trace: config.trace, request, scale }, info, pool,
             { layer: info.layers.indexOf(layer), head: chosen.head });
         note(info);
-        here.map.pool = pool;
+        visit.map.pool = pool;
         const sameMap = before && JSON.stringify(before.query) === JSON.stringify(query);
         if (sameMap) {
-            here.map.draw();
+            visit.map.draw();
             return;
         }
         if (!before || before.query.layer !== query.layer || before.query.head !== query.head ||
             before.query.request !== query.request) {
-            here.rows.clear();
-            here.map.setMarks([]);
+            visit.rows.clear();
+            visit.map.setMarks([]);
             listMarks(null);
         }
         kv.say(STATUS, config.status === "recording"
@@ -73,14 +77,16 @@ window.kv = window.kv || {};
             : "", "info");
         try {
             const tokens = await tokensOf(config.trace, request);
-            if (page !== here || here.shown.query !== query) return;
-            const view = before ? (before.query.request === request ? undefined : null)
-                : viewOf(config.view);
-            here.map.show(query, info.tokens, tokens, layer.causal, view);
-            readLast(here, query, info);
+            if (!here(visit, query)) return;
+            /* First the address's window, then the one at hand, all of it for another request. */
+            const view = visit.viewed === undefined ? viewOf(config.view)
+                : visit.viewed === request ? undefined : null;
+            visit.viewed = request;
+            visit.map.show(query, info.tokens, tokens, layer.causal, view);
+            readLast(visit, query, info);
             const marks = await kv.json("marks", chosen);
-            if (page !== here || here.shown.query !== query) return;
-            here.map.setMarks(marks);
+            if (!here(visit, query)) return;
+            visit.map.setMarks(marks);
             listMarks(marks);
         } catch (error) {
             kv.say(STATUS, error.message);
@@ -140,14 +146,14 @@ window.kv = window.kv || {};
     }
 
     async function look(at) {
-        const here = page;
+        const visit = page;
         const row = Math.floor(at.row);
         try {
             const weights = await rowOf(row);
-            if (page !== here || here.pointer !== at) return;
+            if (page !== visit || visit.pointer !== at || !visit.canvas.isConnected) return;
             const key = strongestIn(weights, Math.floor(at.key), row);
             const pair = { row, key, weight: weights[key], weights };
-            here.map.setHover(pair);
+            visit.map.setHover(pair);
             readout(pair);
             tip(pair, at);
         } catch (error) {
@@ -156,9 +162,9 @@ window.kv = window.kv || {};
     }
 
     /* Until the pointer moves, the last query and the key it reads most. */
-    async function readLast(here, query, info) {
+    async function readLast(visit, query, info) {
         const weights = await rowOf(info.tokens - 1);
-        if (page !== here || here.shown.query !== query || here.pointer) return;
+        if (!here(visit, query) || visit.pointer) return;
         const key = weights.indexOf(Math.max(...weights));
         readout({ row: info.tokens - 1, key, weight: weights[key], weights });
     }

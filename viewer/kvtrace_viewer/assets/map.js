@@ -122,7 +122,7 @@ window.kv = window.kv || {};
             this.pending = true;
             requestAnimationFrame(() => {
                 this.pending = false;
-                this.drawNow();
+                if (this.canvas.isConnected) this.drawNow();
             });
         }
 

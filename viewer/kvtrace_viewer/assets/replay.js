@@ -70,7 +70,7 @@ window.kv = window.kv || {};
         if (!changed) return;
         try {
             await load(here, asked);
-            if (page !== here || here.asked !== asked) return;
+            if (!current(here, asked)) return;
             kv.say(STATUS, asked.chosen.length ? "" : emptyHint(config), "info");
         } catch (error) {
             kv.say(STATUS, error.message);
@@ -83,6 +83,9 @@ window.kv = window.kv || {};
         ? "Choose up to six replays to compare."
         : "No replay is stored in this trace yet: run one below, or use the kvtrace replay command.");
 
+    const current = (here, asked) =>
+        page === here && here.asked === asked && here.cards.isConnected;
+
     async function load(here, asked) {
         const { trace } = here.config;
         const query = { trace, request: asked.request, layer: asked.layer, kv_head: asked.head };
@@ -92,7 +95,7 @@ window.kv = window.kv || {};
             kv.json("mass", { trace, request: asked.request, replays: asked.chosen.join(" "), scheme: kv.scheme() }),
             ...asked.chosen.map((replay) => kv.bytes("evicted", { ...query, replay })),
         ]);
-        if (page !== here || here.asked !== asked) return;
+        if (!current(here, asked)) return;
         here.tokens = tokens.tokens;
         here.sinks = new Set(sinks);
         here.mass = massByPosition(mass.series);
@@ -194,7 +197,7 @@ window.kv = window.kv || {};
         page.drawing = true;
         requestAnimationFrame(() => {
             page.drawing = false;
-            drawNow();
+            if (page.cards.isConnected) drawNow();
         });
     }
 
@@ -349,7 +352,7 @@ window.kv = window.kv || {};
         const mass = await kv.json("mass", {
             trace: here.config.trace, request, replays: chosen.join(" "), scheme: kv.scheme(),
         });
-        if (page !== here) return;
+        if (page !== here || !here.cards.isConnected) return;
         kv.setProps("replay-mass", { figure: mass.figure });
         paintSwatches(here, mass.figure);
     });

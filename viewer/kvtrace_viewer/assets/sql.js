@@ -40,6 +40,11 @@ window.kv = window.kv || {};
         const rowData = answer.rows.map((row) =>
             Object.fromEntries(row.map((value, index) => [`c${index}`, value])));
         kv.setProps("sql-grid", { columnDefs, rowData });
+        /* Once the rows are drawn, columns take the width of what they hold. */
+        setTimeout(() => {
+            const grid = kv.byId("sql-grid") && window.dash_ag_grid.getApi("sql-grid");
+            if (grid) grid.autoSizeAllColumns();
+        }, 150);
     }
 
     kv.actions["sql-run"] = run;

@@ -217,7 +217,7 @@ def map_panel() -> Component:
 def pointer() -> Component:
     """What is under the pointer."""
     return panel(
-        "Under the pointer",
+        "Query and key",
         html.Div(id="attention-readout", className="kv-readout"),
         class_name="kv-pointer",
     )
