@@ -9,10 +9,13 @@ Example: kvtrace generate demo --prompt "The list is" --prompt "A function" --ou
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from kvtrace.errors import InputError
 from kvtrace_recorder.commands.options import add_recording_options, refuse_existing
@@ -111,7 +114,8 @@ def _load(name: str, attention: str | None) -> tuple[Any, Any]:
         from kvtrace_recorder.demo import MODEL_DIR
 
         name = str(MODEL_DIR)
-    from huggingface_hub.errors import HFValidationError
+    _check_reachable(name)
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet()
@@ -119,21 +123,44 @@ def _load(name: str, attention: str | None) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **options)
-    except (OSError, ValueError, ImportError, HFValidationError) as error:
-        raise InputError(_reason(name, error)) from error
-    import torch
-
+    except (OSError, ValueError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{name} could not be loaded ({first}); a transformers causal model and its tokenizer"
+            " were expected"
+        ) from error
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
-def _reason(name: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _check_reachable(name: str) -> None:
+    """Refuse at once what the hub's client would retry for a minute.
+
+    Raises
+    ------
+    InputError
+        For a path that is no directory, and for a hub name while the hub cannot be reached.
+    """
     if Path(name).is_dir():
-        return (
-            f"{name} could not be loaded ({first}); a directory with a transformers causal model"
-            " and its tokenizer was expected"
-        )
-    return (
-        f"{name} is no directory here and could not be loaded from the model hub ({first});"
-        " a model directory, a hub name that can be reached, or demo was expected"
-    )
+        return
+    if name.startswith((".", "/", "~")):
+        raise InputError(f"{name} is no directory; a model directory was expected; check the path")
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        cached = {repo.repo_id for repo in scan_cache_dir().repos}
+    except CacheNotFound:
+        cached = set()
+    hub = urlsplit(constants.ENDPOINT)
+    # Behind a proxy only the client itself can find out.
+    if name in cached or getproxies():
+        return
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=5).close()
+    except OSError as error:
+        raise InputError(
+            f"{name} is no directory here, and the model hub {hub.hostname} cannot be reached"
+            f" ({error}); a model directory, a hub name that can be reached, or demo was expected"
+        ) from error

@@ -56,7 +56,8 @@ def describe(model: Any) -> dict[str, Any]:
     name = str(getattr(config, "_name_or_path", "")) or type(model).__name__
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return {
-        "name": Path(name).name if Path(name).is_dir() else name,
+        # Of a directory what tells it from others, not where it lies on this machine.
+        "name": "/".join(Path(name).parts[-2:]) if Path(name).is_dir() else name,
         "architecture": type(model).__name__,
         "num_layers": getattr(text, "num_hidden_layers", None),
         "hidden_size": getattr(text, "hidden_size", None),
