@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from kvtrace_recorder.demo.evaluate import (
     FIRST_QUERY,
     attention_profile,
     attentions,
+    history,
     loss_by_position,
     losses,
     windows,
@@ -91,6 +93,7 @@ def evaluation(bos: float) -> dict[str, Any]:
         "train_tokens": 30_000_000,
         "steps": 4000,
         "training_minutes": 90.0,
+        "history": [{"tokens": 5_000_000, "length": 512, "lr": 1e-3, "heldout": 4.5}],
         "sources": [{"name": "some-doc", "licence": "MIT", "train_bytes": 2_500_000}],
     }
 
@@ -105,8 +108,19 @@ def test_the_card_names_sources_and_numbers() -> None:
     text = render(evaluation(0.1), config)
     assert "| some-doc | MIT | 2.5 |" in text
     assert "15.0 million tokens (0.50 epochs)" in text
+    assert "| 5.0 | 512 | 1.0e-03 | 4.50 |" in text
     assert json.dumps("\n") in text
     assert "{" not in text.replace("{}", "")
+
+
+def test_the_history_is_thinned_and_keeps_the_end(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    lines = [{"step": n, "heldout": 9.0 - n} if n % 2 else {"step": n} for n in range(100)]
+    log.write_text("\n".join(map(json.dumps, lines)))
+    steps = [entry["step"] for entry in history(log, rows=5)]
+    assert steps[-1] == 99
+    assert steps == sorted(steps)
+    assert 5 <= len(steps) <= 6
 
 
 def test_tables_are_percentages_by_layer_and_head() -> None:

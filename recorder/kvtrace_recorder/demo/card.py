@@ -48,11 +48,15 @@ in fifty is held out. The text is not distributed with the model.
 ## Training
 
 Next-token prediction on every token, BOS in front of every window, nothing else in the objective.
-AdamW, learning rate 3e-3 with warm-up and a linear decay over the last two thirds, weight decay 0.1,
-gradient clipping 1.0, batches of 4096 tokens. Windows of 512 tokens, then 1024, and at the end 2048
-and 4096. {steps} steps, {tokens:.1f} million tokens ({epochs:.2f} epochs) in {minutes:.0f} minutes
+AdamW, warm-up, a linear decay of the learning rate over most of the run, weight decay 0.1, gradient
+clipping 1.0, batches of 4096 tokens. Windows of 512 tokens, then 1024, and at the end 2048 and
+4096. {steps} steps, {tokens:.1f} million tokens ({epochs:.2f} epochs) in {minutes:.0f} minutes
 on two CPU cores shared with other work, matrix products in bfloat16, weights in float32. The stored
 weights are float16; they load as float32.
+
+| tokens (million) | window | learning rate | held-out loss |
+|---|---|---|---|
+{history}
 
 To train it again, for longer or on a GPU (from a clone; Debian or a derivative for the corpus):
 
@@ -171,6 +175,10 @@ def render(found: dict[str, Any], config: dict[str, Any]) -> str:
         tokens=found["tokens_seen"] / 1e6,
         epochs=found["tokens_seen"] / found["train_tokens"],
         minutes=found["training_minutes"],
+        history="\n".join(
+            f"| {h['tokens'] / 1e6:.1f} | {h['length']} | {h['lr']:.1e} | {h['heldout']:.2f} |"
+            for h in found["history"]
+        ),
         loss=found["loss"],
         loss_4096=found["loss_4096"],
         buckets=" | ".join(buckets),

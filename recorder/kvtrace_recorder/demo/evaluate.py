@@ -154,8 +154,16 @@ def evaluate(work: Path, model_dir: Path, count: int) -> dict[str, Any]:
         "steps": steps,
         "training_minutes": seconds / 60,
         "train_tokens": len(np.load(work / "train.npy", mmap_mode="r")),
+        "history": history(work / "run" / "log.jsonl"),
         "sources": json.loads((work / "corpus" / "sources.json").read_text()),
     }
+
+
+def history(log: Path, rows: int = 12) -> list[dict[str, float]]:
+    """About `rows` lines of a training log that carry a held-out loss, the last one among them."""
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    measured = [entry for entry in entries if "heldout" in entry]
+    return measured[:: -max(1, len(measured) // rows)][::-1]
 
 
 def emergence(work: Path, count: int) -> list[dict[str, float]]:

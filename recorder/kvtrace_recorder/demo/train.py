@@ -39,7 +39,7 @@ SNAPSHOT_TOKENS = tuple(sorted({int(b * 2**e) for e in range(17, 31) for b in (1
 class Recipe:
     """How to train. Times are shares of the budget, lengths are tokens."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 150
     # Batches of 4096 tokens are small: the second moment needs a longer memory than usual.
     betas: tuple[float, float] = (0.9, 0.99)
