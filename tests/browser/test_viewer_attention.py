@@ -39,7 +39,7 @@ def test_hover_tells_the_traces_own_weight(browser: Browser, address: str, trace
             "return {...box.dataset, text: box.innerText}"
         )
         row, key = int(readout["row"]), int(readout["key"])
-        want = trace.attention(2, 5, rows=np.array([row]), keys=np.array([key]))[0, 0]
+        want = trace.attention(2, 5, rows=np.array([row]))[0, key]
         assert float(readout["weight"]) == float(want)
         assert tokens[row].strip() in readout["text"]
         assert tokens[key].strip() in readout["text"]

@@ -14,8 +14,8 @@ import pytest
 from starlette.types import ASGIApp
 
 from kvtrace import Trace
-from kvtrace.testing import SyntheticTrace
-from kvtrace.writer import LayerSpec
+from kvtrace.testing import SyntheticTrace, write_synthetic
+from kvtrace.writer import LayerSpec, TraceWriter
 from kvtrace_viewer.app import create_app
 from kvtrace_viewer.asgi import Answer, ask
 from kvtrace_viewer.context import Context
@@ -312,6 +312,24 @@ def test_the_schema_shown_is_the_traces_own(trace: Trace) -> None:
     found = tables(trace)
     assert next(table for table in found if table.name == "rows").num_rows == trace.rows
     assert all(table.comment and table.columns for table in found)
+
+
+def test_a_trace_being_recorded_is_shown_as_it_grows(tmp_path: Path) -> None:
+    server: ASGIApp = create_app(tmp_path).server
+    query = {"trace": "live.kvtrace"}
+    specs = [LayerSpec(0, 2, 1, 8, 8, 0.3)]
+    with TraceWriter(tmp_path / "live.kvtrace", source="synthetic") as writer:
+        write_synthetic(writer, specs, [20, 1])
+        writer.commit()
+        (row,) = ask(server, "/api/traces").json
+        assert (row["status"], row["tokens"]) == ("recording", 21)
+        assert len(ask(server, "/api/tokens", query).json["tokens"]) == 21
+        place = {**query, "layer": 0, "head": 1, "row": 20}
+        assert len(ask(server, "/api/row", place).content) == 4 * 21
+        answer = ask(server, "/api/sql", post={**query, "sql": "select count(*) from rows"})
+        assert answer.json["rows"] == [[21]]
+    (row,) = ask(server, "/api/traces").json
+    assert row["status"] == "complete"
 
 
 def test_an_empty_folder_answers(tmp_path: Path) -> None:

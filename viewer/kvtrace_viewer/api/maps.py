@@ -18,7 +18,7 @@ from kvtrace_viewer.api.downloads import csv_response, file_response
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived import tiles
 from kvtrace_viewer.derived.encode import SCALES
-from kvtrace_viewer.derived.source import HeadMap, check_head
+from kvtrace_viewer.derived.source import HeadMap
 from kvtrace_viewer.derived.tokens import token_texts
 
 MAX_LEVEL = 24
@@ -66,9 +66,14 @@ def router(context: Context) -> APIRouter:
     @routes.get("/row")
     def row(trace: str, layer: Index, head: Index, row: Index, request: Index = 0) -> Response:
         opened = context.library.open(trace)
-        check_head(opened, layer, head)
-        rows = np.array([row], np.int64)
-        return _binary(opened.attention(layer, head, rows=rows, request=request)[0].tobytes())
+        source = context.layers.head_map(opened, request, layer, head)
+        if row >= source.num_tokens:
+            raise InputError(
+                f"no query {row} in request {request}; it has {source.num_tokens} tokens, "
+                "counted from 0"
+            )
+        weights = source.block(np.array([row], np.int64), 0, source.num_tokens)[0]
+        return _binary(np.nan_to_num(weights).tobytes())
 
     @routes.get("/marks")
     def marks(trace: str, layer: Index, head: Index, request: Index = 0) -> list[dict[str, Any]]:

@@ -99,10 +99,16 @@ def key_sums(source: WeightSource, distance: int) -> KeySums:
         stop = source.visible_stop(int(rows[-1]))
         block = source.block(rows, 0, stop)
         seen = ~np.isnan(block)
-        weights = np.where(seen, block, 0)
-        is_far = seen & (rows[:, None] - np.arange(stop)[None, :] > distance)
-        sums.received[:stop] += weights.sum(axis=0, dtype=np.float64)
-        sums.uniform[:stop] += (seen / np.maximum(1, seen.sum(axis=1))[:, None]).sum(axis=0)
-        sums.far[:stop] += np.where(is_far, weights, 0).sum(axis=0, dtype=np.float64)
-        sums.far_queries[:stop] += is_far.sum(axis=0)
+        weights = np.nan_to_num(block, copy=False)
+        received = weights.sum(axis=0)
+        sums.received[:stop] += received
+        share = (1 / np.maximum(1, seen.sum(axis=1))).astype(np.float32)
+        sums.uniform[:stop] += share @ seen.astype(np.float32)
+        # Keys this far before the block are far from all of its queries: no mask needed.
+        clear = max(0, start - distance)
+        sums.far[:clear] += received[:clear]
+        sums.far_queries[:clear] += seen[:, :clear].sum(axis=0)
+        is_far = seen[:, clear:] & (rows[:, None] - np.arange(clear, stop) > distance)
+        sums.far[clear:stop] += np.where(is_far, weights[:, clear:], 0).sum(axis=0)
+        sums.far_queries[clear:stop] += is_far.sum(axis=0)
     return sums

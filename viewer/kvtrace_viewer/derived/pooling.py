@@ -99,17 +99,16 @@ def _pool_rows(
     """Largest and mean weight of one row of cells."""
     first_key = int(key_edges[0])
     width = last_key - first_key
-    top = np.full(width, -np.inf, np.float32)
+    top = np.full(width, np.nan, np.float32)
     total = np.zeros(width, np.float64)
     count = np.zeros(width, np.int64)
     step = max(1, MAX_BLOCK_WEIGHTS // max(1, width))
     for start in range(0, rows.size, step):
         block = source.block(rows[start : start + step], first_key, last_key)
-        seen = ~np.isnan(block)
-        filled = np.where(seen, block, 0)
-        top = np.maximum(top, np.where(seen, block, -np.inf).max(axis=0))
-        total += filled.sum(axis=0, dtype=np.float64)
-        count += seen.sum(axis=0)
+        # fmax passes over NaN, so that a pair that is not visible counts for nothing.
+        top = np.fmax(top, np.fmax.reduce(block, axis=0))
+        count += np.count_nonzero(~np.isnan(block), axis=0)
+        total += np.nan_to_num(block, copy=False).sum(axis=0)
     return _pool_keys(top, total, count, key_edges - first_key)
 
 
@@ -130,7 +129,7 @@ def _pool_keys(
     starts = edges[cells]
     cell_count = np.add.reduceat(count, starts)
     cell_total = np.add.reduceat(total, starts)
-    cell_top = np.maximum.reduceat(top, starts)
+    cell_top = np.fmax.reduceat(top, starts)
     some = cell_count > 0
     largest[cells[some]] = cell_top[some]
     mean[cells[some]] = cell_total[some] / cell_count[some]

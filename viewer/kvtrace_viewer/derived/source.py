@@ -44,13 +44,20 @@ class HeadMap:
         bidirectional = self._spec.attention_kind == "bidirectional"
         return self.num_tokens if bidirectional else last_row + 1
 
+    def _sees_all(self, rows: NDArray[np.int64], key_stop: int) -> bool:
+        """Tell at a glance whether every query sees every key, as below the diagonal."""
+        if self._spec.attention_kind == "bidirectional":
+            return True
+        return self._spec.sliding_window is None and key_stop - 1 <= int(rows[0])
+
     def block(self, rows: NDArray[np.int64], key_start: int, key_stop: int) -> NDArray[np.float32]:
         """Weights [row, key] of the query positions given; NaN where a query sees no key."""
         keys = np.arange(key_start, key_stop, dtype=np.int64)
         found = attention.weights(
             self._q[rows], self._k[key_start:key_stop], self._lse[rows], rows, keys, self._spec
         )
-        found[~attention.visible(rows, keys, self._spec)] = np.nan
+        if not self._sees_all(rows, key_stop):
+            found[~attention.visible(rows, keys, self._spec)] = np.nan
         return cast("NDArray[np.float32]", found)
 
 

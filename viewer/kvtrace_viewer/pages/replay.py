@@ -51,7 +51,7 @@ WHENS = (
 
 SHARE = {"function": "kvShare(params.value)"}
 COLUMNS = [
-    text_column("policy", "Policy", minWidth=150, flex=1, pinned="left", tooltipField="replay"),
+    text_column("policy", "Policy", minWidth=150, flex=1, tooltipField="replay"),
     text_column("budget", "Budget", width=82, type="rightAligned"),
     text_column("decide_when", "When", width=84),
     text_column("exactness", "Exactness", width=98),
