@@ -13,14 +13,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace as changed
 
 import numpy as np
 import torch
 
 import kvtrace
 from kvtrace_viewer.replay import POLICIES, Head, Measures, parse_budget, parse_policy, parse_when
-from kvtrace_viewer.replay.engine import Run, blocks, replay_layer
+from kvtrace_viewer.replay.engine import Run, blocks, replay_layer, workers
 from kvtrace_viewer.replay.run import heads_of
 from kvtrace_viewer.replay.totals import StepTotals
 
@@ -80,7 +80,7 @@ def replay(
         Run(parse_policy(p), parse_when(when), [parse_budget(b) for b in budgets]) for p in policies
     ]
     # One worker, so that CPU time is work and not waiting threads.
-    with ThreadPoolExecutor(1) as pool:
+    with workers(1) as pool:
         for heads in layers:
             steps = StepTotals.zeros(len(policies) * len(budgets), heads[0].tokens)
             for head in replay_layer(
@@ -151,9 +151,7 @@ def time_case(
 
 
 def _without_values(head: Head) -> Head:
-    from dataclasses import replace
-
-    return replace(head, v=None)
+    return changed(head, v=None)
 
 
 if __name__ == "__main__":

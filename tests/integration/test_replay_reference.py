@@ -11,8 +11,7 @@ import pytest
 from tests.reference.heads import REFERENCE, kvpress_heads
 
 from kvtrace_viewer.replay import POLICIES, Measures, parse_budget, parse_policy, parse_when
-from kvtrace_viewer.replay.engine import Run, replay_layer
-from kvtrace_viewer.replay.totals import StepTotals
+from kvtrace_viewer.replay.engine import Run, replay_layer, workers
 
 MARGIN = 1e-6
 
@@ -71,14 +70,7 @@ def evictions(spec: str) -> list[list[np.ndarray[Any, Any]]]:
     found = []
     for layer in range(4):
         heads = kvpress_heads(layer)
-        replays = replay_layer(heads, [run], Measures(), pool(), lambda count: None)
-        for replay in replays:
-            replay.summarise(StepTotals.zeros(1, heads[0].tokens))
+        with workers(1) as pool:
+            replays = replay_layer(heads, [run], Measures(), pool, lambda count: None)
         found.append([replay.evicted_at[:, 0] for replay in replays])
     return found
-
-
-def pool() -> Any:
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(1)

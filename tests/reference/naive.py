@@ -283,12 +283,16 @@ class TimesNeeded(Scores):
 class MeanReceived(Scores):
     """observed_attention."""
 
+    def start(self) -> None:
+        self.received = [0.0] * self.tokens
+
+    def update(self, i: int, kept: list[int]) -> None:
+        for j in range(i + 1):
+            self.received[j] += float(self.a[:, i, j].sum())
+
     def of(self, i: int, j: int) -> float:
         first = i + 1 if self.window is None else min(i + 1, j + self.window)
-        received = 0.0
-        for row in range(j, i + 1):
-            received += float(self.a[:, row, j].sum())
-        return received / (first - j) / self.group
+        return self.received[j] / (first - j) / self.group
 
 
 class LastRow(Scores):
@@ -312,20 +316,19 @@ class LastRow(Scores):
 class WindowVotes(Scores):
     """snapkv, and pyramidkv where there is one layer."""
 
-    def of(self, i: int, j: int) -> float:
+    def before_cut(self, i: int, kept: list[int], limit: int) -> None:
         window = self.options.get("window", 64)
+        voted = max(i + 1 - window, 0)
+        self.votes = self.a[:, voted : i + 1, :voted].sum(axis=1) / window
+
+    def of(self, i: int, j: int) -> float:
         half = self.options.get("kernel", 5) // 2
-        voted = i + 1 - window
-        if j >= voted:
+        if j >= self.votes.shape[1]:
             return 0.0
-        near = [k for k in range(j - half, j + half + 1) if 0 <= k < voted]
-        votes = [
-            [sum(self.a[g, row, k] for row in range(voted, i + 1)) / window for k in near]
-            for g in range(self.group)
-        ]
+        near = self.votes[:, max(j - half, 0) : j + half + 1]
         if self.options.get("pool", "avg") == "max":
-            return float(np.mean([max(vote) for vote in votes]))
-        return float(np.mean([sum(vote) / (2 * half + 1) for vote in votes]))
+            return float(near.max(axis=1).mean())
+        return float((near.sum(axis=1) / (2 * half + 1)).mean())
 
 
 class SmallKey(Scores):
@@ -369,23 +372,26 @@ class OddKeyByBlocks(OddKey):
 class Lagged(Scores):
     """lagkv."""
 
-    def of(self, i: int, j: int) -> float:
+    def before_cut(self, i: int, kept: list[int], limit: int) -> None:
         sinks, lag = 4, self.options.get("lag", 128)
         parts = (i + 1 - sinks) // lag
+        self.rank: dict[int, float] = dict.fromkeys(range(i + 1), 1.0)
         if parts < 2:
-            return j
-        mine = (j - sinks) // lag
-        if j < sinks or mine >= parts - 1:
-            return 1.0
-        own = range(sinks + mine * lag, sinks + (mine + 1) * lag)
-        scores = np.zeros(lag)
-        for name in "kv":
-            vectors = self.head[name].astype(np.float64)
-            after = vectors[own.stop : own.stop + lag]
-            low, high = after.min(axis=0), after.max(axis=0)
-            spread = [np.std((vectors[x] - low) / (high - low), ddof=1) for x in own]
-            scores += np.exp(spread) / np.exp(spread).sum()
-        return float((scores < scores[j - own.start]).sum()) / lag
+            self.rank = {j: float(j) for j in range(i + 1)}
+        for part in range(parts - 1):
+            own = range(sinks + part * lag, sinks + (part + 1) * lag)
+            scores = np.zeros(lag)
+            for name in "kv":
+                vectors = self.head[name].astype(np.float64)
+                after = vectors[own.stop : own.stop + lag]
+                low, high = after.min(axis=0), after.max(axis=0)
+                spread = [np.std((vectors[x] - low) / (high - low), ddof=1) for x in own]
+                scores += np.exp(spread) / np.exp(spread).sum()
+            for x in own:
+                self.rank[x] = float((scores < scores[x - own.start]).sum()) / lag
+
+    def of(self, i: int, j: int) -> float:
+        return self.rank[j]
 
 
 class Leverage(Scores):

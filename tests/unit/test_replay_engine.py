@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from tests.reference.heads import (
 )
 
 from kvtrace_viewer.replay import POLICIES, Head, Measures, parse_budget, parse_policy, parse_when
-from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer
+from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
 from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.totals import StepTotals
 
@@ -46,7 +45,7 @@ def engine(heads: list[Head], specs: list[str], budgets: list[str], when: str) -
     runs = [
         Run(parse_policy(s), parse_when(when), [parse_budget(b) for b in budgets]) for s in specs
     ]
-    with ThreadPoolExecutor(2) as pool:
+    with workers(2) as pool:
         return replay_layer(heads, runs, Measures(), pool, lambda count: None)
 
 
@@ -55,8 +54,8 @@ def compare(heads: list[Head], specs: list[str], when: str) -> None:
     shares = [sink_share(head, a) for head, a in zip(heads, maps, strict=True)]
     for found, a, head in zip(engine(heads, specs, BUDGETS, when), maps, heads, strict=True):
         totals = found.summarise(StepTotals.zeros(len(specs) * len(BUDGETS), head.tokens))
-        inputs = {"k": head.k, "v": head.v, "where": (head.layer, head.kv_head)}
-        inputs |= {"layer": maps, "layer_shares": shares}
+        inputs: dict[str, Any] = {"k": head.k, "v": head.v, "layer": maps, "layer_shares": shares}
+        inputs["where"] = (head.layer, head.kv_head)
         for s, spec in enumerate(specs):
             name, protection, options = SPECS[spec]
             for b, budget in enumerate(BUDGETS):

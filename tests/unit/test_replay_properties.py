@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
@@ -16,7 +15,7 @@ from tests.reference.heads import attention, full_block, synthetic_head
 
 from kvtrace_viewer.replay import POLICIES, Head, parse_budget, parse_policy, parse_when
 from kvtrace_viewer.replay.cache import present
-from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer
+from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
 from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.measure import Measures, output_errors
 from kvtrace_viewer.replay.totals import HeadTotals, StepTotals
@@ -40,7 +39,7 @@ budgets = st.one_of(st.integers(1, 90).map(str), st.integers(1, 100).map("{}%".f
 
 def run(head: Head, policy: str, budget: str, when: str) -> tuple[HeadReplay, HeadTotals]:
     runs = [Run(parse_policy(policy), parse_when(when), [parse_budget(budget)])]
-    with ThreadPoolExecutor(1) as pool:
+    with workers(1) as pool:
         (found,) = replay_layer([head], runs, Measures(), pool, lambda count: None)
     return found, found.summarise(StepTotals.zeros(1, head.tokens))
 

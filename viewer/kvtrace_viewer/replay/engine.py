@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from kvtrace_viewer.replay.amounts import Budget
 from kvtrace_viewer.replay.block import BLOCK_ROWS, Block, Head
@@ -107,6 +110,19 @@ def blocks(head: Head) -> Iterator[tuple[int, int]]:
     for first, last in ((0, head.prompt_tokens), (head.prompt_tokens, head.tokens)):
         for start in range(first, last, BLOCK_ROWS):
             yield start, min(start + BLOCK_ROWS, last)
+
+
+@contextmanager
+def workers(threads: int | None = None) -> Iterator[Executor]:
+    """Give a pool with a thread per core, or as many as asked for.
+
+    Heads are the threads: BLAS's own on top of them cost ten times the work.
+    """
+    with (
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(threads or os.cpu_count()) as pool,
+    ):
+        yield pool
 
 
 def replay_layer(

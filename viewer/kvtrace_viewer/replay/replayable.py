@@ -22,8 +22,9 @@ def replayable(trace: Trace) -> list[dict[str, str]]:
     Where the trace lacks what the policy needs, exactness is `no` and the reason says why.
     """
     found = []
+    signals = trace.signals
     for name, kind in POLICIES.items():
-        problem = obstacle(trace, kind())
+        problem = obstacle(trace, signals, kind())
         exactness = kind().exactness(parse_when(kind.default_when))
         found.append(
             {
@@ -35,17 +36,18 @@ def replayable(trace: Trace) -> list[dict[str, str]]:
     return found
 
 
-def obstacle(trace: Trace, policy: Policy) -> str | None:
+def obstacle(trace: Trace, signals: frozenset[str], policy: Policy) -> str | None:
     """Why `policy` cannot be replayed on this trace; None where it can.
 
-    Retained mass and hits need every attention row, so q and k are needed whatever decides.
+    `signals` are the trace's, which are costly to ask for. Retained mass and hits need every
+    attention row, so q and k are needed whatever decides.
     """
-    missing = sorted((policy.signals | {"q", "k"}) - trace.signals)
+    missing = sorted((policy.signals | {"q", "k"}) - signals)
     if missing:
         return f"the trace lacks {', '.join(missing)} for some rows"
     if any(layer.attention_kind == "bidirectional" for layer in trace.layers):
         return "attention runs both ways, so there is no KV cache to evict from"
-    if "lse" not in trace.signals and any(layer.has_sinks for layer in trace.layers):
+    if "lse" not in signals and any(layer.has_sinks for layer in trace.layers):
         return "the model has learned sinks, and the trace lacks lse"
     return None
 
@@ -62,8 +64,9 @@ def check(trace: Trace, policies: list[Policy]) -> None:
         raise InputError(
             f"{trace.path} holds no tokens; a replay needs at least one; record a run first"
         )
+    signals = trace.signals
     for policy in policies:
-        problem = obstacle(trace, policy)
+        problem = obstacle(trace, signals, policy)
         if problem:
             raise InputError(
                 f"{policy.name} cannot be replayed on {trace.path}: {problem}; "

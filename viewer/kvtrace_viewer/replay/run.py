@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +15,7 @@ from kvtrace.model import LayerData, Request
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.amounts import Budget, parse_budget
 from kvtrace_viewer.replay.block import Head
-from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer
+from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
 from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.measure import Measures
 from kvtrace_viewer.replay.policy import Policy
@@ -94,7 +93,7 @@ def replay(
     check(trace, [pair.policy for pair in pairs])
     chosen = _requests(trace, requests)
     work = _Work(trace, pairs, measures or Measures(), progress or (lambda share: None))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with workers() as pool:
         for request in chosen:
             work.add(request, pool, of=sum(r.tokens for r in chosen))
     results = [work.result(p) for p in range(len(pairs))]

@@ -45,4 +45,4 @@ class KeyDiff(Policy):
         keys = state[held]
         mean = keys.mean(axis=0)
         cosine = keys @ (mean / max(float(np.linalg.norm(mean)), 1e-12))
-        return -cosine.astype(np.float32).astype(np.float64)
+        return np.asarray(-cosine.astype(np.float32).astype(np.float64))
