@@ -113,3 +113,29 @@ def test_dark_is_dark_everywhere_and_stays(browser: Browser, address: str) -> No
     assert browser.js(f"return {luminance}") < 40
     browser.find("#color-scheme").click()
     browser.until(f"{luminance} > 200")
+
+
+def test_picking_a_trace_shows_it_on_the_same_page(browser: Browser, address: str) -> None:
+    browser.open(f"{address}/sql?trace=broken.kvtrace")
+    browser.until("document.querySelector('.kv-empty')")
+    browser.find("#trace-picker").click()
+    option = (
+        "[...document.querySelectorAll('[role=option]')].find((one) => one.innerText === 'run')"
+    )
+    browser.until(option)
+    browser.js(f"{option}.click()")
+    browser.until("location.search === '?trace=run.kvtrace'")
+    browser.until(READY["/sql"])
+
+
+def test_going_back_restores_the_view_that_was_left(browser: Browser, address: str) -> None:
+    browser.open(f"{address}/attention?trace=run.kvtrace&layer=2&head=3&x=10&y=30&span=20")
+    browser.until(READY["/attention"])
+    left = browser.query()
+    browser.js("document.querySelector('.kv-brand').click()")
+    browser.until(READY["/"])
+    browser.driver.back()
+    browser.until(READY["/attention"])
+    assert browser.query() == left
+    caption = browser.until("document.getElementById('attention-caption').innerText")
+    assert "queries 30 to 49, keys 10 to 29" in caption

@@ -31,9 +31,11 @@ def test_retained_mass_is_plain_json_with_a_line_a_policy(scheme: str) -> None:
 
 
 def test_retained_mass_says_when_nothing_was_measured() -> None:
-    for series in ([], [MassSeries("full", [], [])]):
-        note = retained_mass(series, 4)["layout"]["annotations"][0]["text"]
-        assert "No row follows" in note
+    notes = [
+        retained_mass(series, 4)["layout"]["annotations"][0]["text"]
+        for series in ([], [MassSeries("full", [], [])])
+    ]
+    assert notes == ["No replay is chosen.", "No row follows the first cut."]
 
 
 def test_graphs_stay_on_this_machine() -> None:

@@ -127,7 +127,7 @@ window.kv = window.kv || {};
         const sampled = 2 ** level > 16 ? `, 16 of ${2 ** level} queries read` : "";
         const to = (from) => kv.count(Math.min(page.map.numTokens, Math.ceil(from + span)) - 1);
         kv.byId("attention-caption").textContent =
-            `queries ${kv.count(Math.floor(y))}–${to(y)}, keys ${kv.count(Math.floor(x))}–${to(x)}` +
+            `queries ${kv.count(Math.floor(y))} to ${to(y)}, keys ${kv.count(Math.floor(x))} to ${to(x)}` +
             ` · ${cell}${sampled}`;
         page.canvas.dataset.busy = String(busy);
     }
@@ -192,7 +192,13 @@ window.kv = window.kv || {};
         return best;
     }
 
-    const hidden = (pair) => page.shown.layer.causal && pair.key > pair.row;
+    /* Keys that a query sees, and whether this one is among them. */
+    function seen(row) {
+        const { causal, window: width } = page.shown.layer;
+        return causal ? Math.min(row + 1, width || Infinity) : page.map.numTokens;
+    }
+    const hidden = (pair) => page.shown.layer.causal &&
+        (pair.key > pair.row || pair.key <= pair.row - seen(pair.row));
     const tokenAt = (position) => kv.showToken(page.map.tokens[position]);
 
     function tip(pair, at) {
@@ -229,7 +235,7 @@ window.kv = window.kv || {};
         line("Query", ...token(pair.row));
         line("Key", ...token(pair.key));
         line("Weight", kv.element("strong", "", hidden(pair) ? "not visible" : kv.weight(pair.weight)));
-        if (!hidden(pair)) line("Uniform ×", `${(pair.weight * (pair.row + 1)).toFixed(2)}`);
+        if (!hidden(pair)) line("Uniform ×", `${(pair.weight * seen(pair.row)).toFixed(2)}`);
         box.replaceChildren(list, kv.element("h3", "", "Strongest keys of this query"), strongest(pair),
             kv.element("p", "kv-note", "The wheel zooms, dragging pans, double click shows all."));
     }
@@ -270,7 +276,7 @@ window.kv = window.kv || {};
             row.type = "button";
             row.title = "Zoom to this key";
             const words = mark.kind === "sink"
-                ? `${(100 * mark.strength).toFixed(1)}% of later attention`
+                ? `mean ${mark.strength.toFixed(3)}`
                 : `${mark.strength.toFixed(1)}× uniform`;
             row.append(kv.element("span", "kv-glyph", mark.kind === "sink" ? "▲" : "◆"),
                 kv.element("code", "", tokenAt(mark.position)),

@@ -78,7 +78,7 @@ window.kv = window.kv || {};
             context.font = `11px ${kv.sans}`;
             context.textBaseline = "middle";
             context.textAlign = "center";
-            for (let head = 0; head < heads; head += side < 20 ? 4 : 1) {
+            for (let head = 0; head < heads; head += side < 16 ? 4 : 1) {
                 this.label(context, head, LABEL + head * step + side / 2, LABEL / 2, head === this.selected.head);
             }
             layers.forEach((layer, index) => {

@@ -62,13 +62,15 @@ def retained_mass(
     layout["yaxis"] = axis("retained mass", scheme, tickformat=".2f")
     if not any(len(one.positions) for one in series):
         layout["yaxis"]["range"] = [0, 1]
-        layout["annotations"] = [_nothing_measured()]
+        layout["annotations"] = [
+            _note("No row follows the first cut." if series else "No replay is chosen.")
+        ]
     return {"data": traces, "layout": layout}
 
 
-def _nothing_measured() -> dict[str, Any]:
+def _note(text: str) -> dict[str, Any]:
     return {
-        "text": "No row follows the first cut in the chosen replays.",
+        "text": text,
         "showarrow": False,
         "xref": "paper",
         "yref": "paper",

@@ -93,6 +93,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
                         "heads": layer.num_q_heads,
                         "kv_heads": layer.num_kv_heads,
                         "causal": layer.attention_kind != "bidirectional",
+                        "window": layer.sliding_window,
                     }
                     for layer in layers_of(trace, one)
                 ],

@@ -1,0 +1,119 @@
+"""Take the documentation's pictures: python tests/browser/screenshots.py traces docs/screenshots.
+
+Needs chromium, and a folder with the demo trace (`kvtrace demo --no-view`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import kvtrace
+from kvtrace_viewer.derived.marks import find_marks
+from kvtrace_viewer.derived.source import LayerCache
+
+WIDTH, HEIGHT = 1440, 900
+TRACE = "demo.kvtrace"
+SQL = (
+    "select t.text, count(*) as times, min(t.position) as first, max(t.position) as last\n"
+    "from tokens t join rows r using (request, position)\n"
+    "where r.has_query\ngroup by t.text\nhaving count(*) > 3\norder by times desc, text"
+)
+
+
+def main() -> None:
+    """Serve the folder, and take each page once."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("traces", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    command = "import sys; from kvtrace.cli import main; sys.exit(main())"
+    server = subprocess.Popen(
+        [sys.executable, "-c", command, "view", str(args.traces), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    address = server.stdout.readline().split()[2]
+    browser_class: Any = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["Browser"]
+    with tempfile.TemporaryDirectory() as profile:
+        browser = browser_class(Path(profile))
+        try:
+            take_all(browser, address, args.traces, args.out)
+        finally:
+            browser.close()
+            server.terminate()
+            server.wait()
+
+
+def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
+    """Take every picture."""
+    metrics = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    trace = kvtrace.open(traces / TRACE)
+    layer, head, key = striking_head(trace)
+    here = f"trace={TRACE}&layer={layer}&head={head}"
+    last = trace.rows - 1
+    browser.open(address)
+    scheme(browser, "light")
+    take(browser, address + "/", out / "runs.png")
+    take(browser, f"{address}/attention?{here}&scale=sqrt", out / "attention.png")
+    middle = trace.requests()[0].prompt_tokens + 80
+    take(
+        browser,
+        f"{address}/replay?trace={TRACE}&layer={layer}&t={min(middle, last)}",
+        out / "replay.png",
+    )
+    browser.js(
+        "history.replaceState(null, '', '/sql?' + new URLSearchParams(arguments[0]))",
+        {"trace": TRACE, "q": SQL},
+    )
+    take(browser, browser.js("return location.href"), out / "sql.png")
+    scheme(browser, "dark")
+    start = max(0, min(key - 6, last - 36))
+    window = f"x={start}&y={min(start + 4, last - 36)}&span=36"
+    take(
+        browser,
+        f"{address}/attention?{here}&scale=log&{window}",
+        out / "attention-dark.png",
+        hover=(430, 430),
+    )
+
+
+def striking_head(trace: kvtrace.Trace) -> tuple[int, int, int]:
+    """Layer, head and key of the strongest sink, or else of the strongest heavy hitter."""
+    cache = LayerCache()
+    found = [
+        (mark.kind == "sink", mark.strength, spec.layer, head, mark.position)
+        for spec in trace.layers
+        for head in range(spec.num_q_heads)
+        for mark in find_marks(cache.head_map(trace, 0, spec.layer, head))
+    ]
+    return max(found)[2:] if found else (0, 0, 0)
+
+
+def scheme(browser: Any, name: str) -> None:
+    """Choose light or dark."""
+    browser.js("localStorage.setItem('mantine-color-scheme-value', arguments[0])", name)
+
+
+def take(browser: Any, url: str, path: Path, hover: tuple[int, int] | None = None) -> None:
+    """Take one page once it has settled."""
+    browser.open(url)
+    time.sleep(5)
+    if hover is not None:
+        browser.hover("#attention-map", *hover)
+        time.sleep(1)
+    browser.driver.save_screenshot(str(path))
+    print(path, f"{path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
