@@ -72,5 +72,5 @@ def evictions(spec: str) -> list[list[np.ndarray[Any, Any]]]:
         heads = kvpress_heads(layer)
         with workers(1) as pool:
             replays = replay_layer(heads, [run], Measures(), pool, lambda count: None)
-        found.append([replay.evicted_at[:, 0] for replay in replays])
+        found.append([replay.evicted_at[0] for replay in replays])
     return found

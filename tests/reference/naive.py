@@ -292,7 +292,7 @@ class MeanReceived(Scores):
 
     def of(self, i: int, j: int) -> float:
         first = i + 1 if self.window is None else min(i + 1, j + self.window)
-        return self.received[j] / (first - j) / self.group
+        return float(self.received[j] / (first - j) / self.group)
 
 
 class LastRow(Scores):

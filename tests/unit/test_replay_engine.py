@@ -82,7 +82,7 @@ def sink_share(head: Head, a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def check(found: HeadReplay, totals: Any, p: int, want: naive.Naive, where: str) -> None:
-    at = found.evicted_at[:, p]
+    at = found.evicted_at[p]
     got = {int(j): int(at[j]) for j in np.flatnonzero(at != NEVER)}
     assert got == want.evicted_at, where
     assert totals.evictions[p] == want.evictions, where

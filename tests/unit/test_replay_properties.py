@@ -50,7 +50,7 @@ def test_the_budget_is_never_exceeded_after_a_decision_and_protection_is_kept(
     head: Head, budget: str, when: str, policy: str, protection: str
 ) -> None:
     found, _ = run(head, policy + protection, budget, when)
-    at = found.evicted_at[:, 0]
+    at = found.evicted_at[0]
     made = found.runs[0].cuts
     for c, row in enumerate(made.rows):
         held = np.flatnonzero(at[: row + 1] > row)
@@ -111,7 +111,7 @@ def test_brute_force_lies_between_the_schedule_and_the_bound(seed: int, when: st
     assert best <= totals.bound[0] + 1e-5
     if when == "prefill":
         assert totals.mass[0] == pytest.approx(best, abs=1e-5)
-    assert found.evicted_at.shape == (tokens, 1)
+    assert found.evicted_at.shape == (1, tokens)
 
 
 def brute_force(head: Head, budget: str, when: str) -> float:

@@ -50,14 +50,14 @@ class Cache:
         Tokens held.
     joined : int
         Tokens that have been in: positions 0..joined-1.
-    evicted_at : int32 [token, budget]
+    evicted_at : int32 [budget, token]
         Row after which a position was evicted, or left the model's own window; NEVER if held.
     ties : int64 [budget]
         Cuts whose margin (last kept minus first evicted) was 0.
     """
 
     def __init__(self, cuts: Cuts, window: int | None, evicted_at: NDArray[np.int32]) -> None:
-        tokens, budgets = evicted_at.shape
+        budgets, tokens = evicted_at.shape
         self.cuts = cuts
         self.window = window
         self.slots = np.zeros((budgets, tokens), dtype=np.int32)
@@ -65,7 +65,7 @@ class Cache:
         self.joined = 0
         self.evicted_at = evicted_at
         self.ties = np.zeros(budgets, dtype=np.int64)
-        evicted_at[:] = left_window(tokens, window)[:, None]
+        evicted_at[:] = left_window(tokens, window)
 
     def cut(self, cuts: Cuts, scores: NDArray[np.float64]) -> None:
         """Evict the lowest scores at each of `cuts`, equal scores the older token first.
@@ -82,7 +82,8 @@ class Cache:
         if scores.ndim == 2:
             scores = scores[None]
         cut_lowest(
-            np.ascontiguousarray(scores, dtype=np.float64),
+            # Writable whatever it was: numba compiles once more for arrays that are not.
+            np.require(scores, np.float64, ["C", "W"]),
             cuts.rows,
             cuts.limits,
             cuts.sinks,

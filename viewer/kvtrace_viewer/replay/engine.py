@@ -54,7 +54,7 @@ class HeadReplay:
 
     Attributes
     ----------
-    evicted_at : int32 [token, pair]
+    evicted_at : int32 [pair, token]
         Row after which a token was evicted or left the model's own window.
     """
 
@@ -62,12 +62,12 @@ class HeadReplay:
         self.head = head
         self.options = options
         pairs = sum(len(run.budgets) for run in runs)
-        self.evicted_at = np.empty((head.tokens, pairs), dtype=np.int32)
+        self.evicted_at = np.empty((pairs, head.tokens), dtype=np.int32)
         self.runs: list[_RunState] = []
         first_rows: list[int] = []
         for run in runs:
             columns = slice(len(first_rows), len(first_rows) + len(run.budgets))
-            self.runs.append(_RunState(run, head, self.evicted_at[:, columns]))
+            self.runs.append(_RunState(run, head, self.evicted_at[columns]))
             first_rows += [self.runs[-1].first_row] * len(run.budgets)
         self.measures = HeadMeasures(head, np.array(first_rows, dtype=np.int64), options)
         self.buffer = np.empty(head.group * BLOCK_ROWS * head.tokens, dtype=np.float32)

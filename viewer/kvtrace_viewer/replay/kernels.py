@@ -139,7 +139,7 @@ def cut_lowest(
     window : keys the model itself can see, 0 for all
     joined : tokens in `slots` so far (positions 0..joined-1 have been in)
     slots : int32 [budget, token], held positions ascending; counts : int64 [budget]
-    evicted_at : int32 [token, budget]; ties : int64 [budget]; the last four are updated.
+    evicted_at : int32 [budget, token]; ties : int64 [budget]; the last four are updated.
     """
     gathered = np.empty(slots.shape[1], dtype=np.float64)
     for b in range(counts.shape[0]):
@@ -160,7 +160,7 @@ def cut_lowest(
                 window,
                 slots[b],
                 count,
-                evicted_at[:, b],
+                evicted_at[b],
                 gathered,
             )
             ties[b] += tie

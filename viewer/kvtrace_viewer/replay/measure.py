@@ -81,12 +81,12 @@ class HeadMeasures:
         self.far = np.zeros((head.group, head.tokens))
 
     def add(self, block: Block, evicted_at: NDArray[np.int32]) -> None:
-        """Measure a block whose decisions have been made (`evicted_at` [token, pair])."""
+        """Measure a block whose decisions have been made (`evicted_at` [pair, token])."""
         add_far(block.attention, block.start, self.sink_distance, self.far)
         active = np.flatnonzero(self.first_rows < block.stop)
         if not len(active):
             return
-        gone = np.ascontiguousarray(evicted_at[: block.stop, active])
+        gone = np.ascontiguousarray(evicted_at[active, : block.stop].T)
         rows = np.arange(block.start, block.stop)
         measured = self.first_rows[active, None] <= rows
         measured &= self.head.has_query[block.start : block.stop]

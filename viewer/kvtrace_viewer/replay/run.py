@@ -190,7 +190,7 @@ class _Work:
         total = self.totals.setdefault(where, HeadTotals.zeros(len(self.pairs)))
         total.add(head.summarise(steps))
         evicted = np.where(head.evicted_at == NEVER, -1, head.evicted_at)
-        self.evicted_at[:, rows, where[0], where[1]] = evicted.T
+        self.evicted_at[:, rows, where[0], where[1]] = evicted
 
     def result(self, p: int) -> Result:
         """Make the result of pair `p`."""

@@ -120,7 +120,7 @@ def summarise(
 ) -> HeadTotals:
     """Total one head, and add its rows to `steps`."""
     head = measures.head
-    pairs = evicted_at.shape[1]
+    pairs = len(evicted_at)
     mass = measures.mass.astype(np.float64)
     measured = np.isfinite(mass)
     filled = np.where(measured, mass, 0.0)
@@ -130,11 +130,11 @@ def summarise(
     steps.worst[:] = np.minimum(steps.worst, lowest)
     steps.hits += measures.hits
     steps.misses += measures.misses
-    by_model = left_window(head.tokens, head.window)[:, None]
+    by_model = left_window(head.tokens, head.window)
     evicted = (evicted_at != by_model) & (evicted_at != NEVER)
     for p in range(pairs):
-        steps.evictions[p] += _per_row(evicted_at[evicted[:, p], p], head.tokens)
-        gone = _per_row(evicted_at[evicted_at[:, p] != NEVER, p], head.tokens)
+        steps.evictions[p] += _per_row(evicted_at[p, evicted[p]], head.tokens)
+        gone = _per_row(evicted_at[p, evicted_at[p] != NEVER], head.tokens)
         steps.held[p] += np.arange(1, head.tokens + 1) - gone.cumsum()
     bins = np.minimum(np.rint(filled * MASS_STEPS).astype(np.int64), MASS_STEPS)
     histogram = np.stack(
@@ -148,9 +148,9 @@ def summarise(
         histogram=histogram,
         hits=measures.hits.sum(axis=1),
         misses=measures.misses.sum(axis=1),
-        evictions=evicted.sum(axis=0),
+        evictions=evicted.sum(axis=1),
         sinks=int(sinks.sum()),
-        retained_sinks=np.einsum("gj,jp->p", sinks.astype(np.int64), evicted_at == NEVER),
+        retained_sinks=np.einsum("gj,pj->p", sinks.astype(np.int64), evicted_at == NEVER),
         error=measures.error,
         errors=measures.error_rows * head.group,
         error_rows=measures.error_rows,

@@ -138,7 +138,7 @@ def _renormalised(
                     window,
                     slots[b],
                     count,
-                    evicted_at[:, b],
+                    evicted_at[b],
                     gathered,
                 )
                 ties[b] += tie
