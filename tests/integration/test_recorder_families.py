@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,7 @@ def test_float16_traces_agree_to_two_thousandths(family: str, tmp_path: Path) ->
         for head in range(len(expected)):
             found = trace.attention(layer, head)
             np.testing.assert_allclose(found, expected[head], atol=2e-3)
-            if family != "GptOss":
-                np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+            np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
@@ -216,7 +215,6 @@ def test_a_loop_by_hand_continues_its_requests(tmp_path: Path) -> None:
     assert trace.table("steps")["phase"].to_pylist() == ["prefill", "prefill", "decode", "prefill"]
     for layer, expected in enumerate(own_attention(model, ids[:, :18])):
         np.testing.assert_allclose(trace.attention(layer, 2), expected[2], atol=1e-5)
-
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])

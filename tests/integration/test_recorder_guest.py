@@ -349,6 +349,34 @@ def test_a_mask_that_is_not_causal_is_a_gap(model: Any, tmp_path: Path) -> None:
     assert kvtrace.open(tmp_path / "a.kvtrace").rows == 0
 
 
+def test_what_cannot_be_told_apart_is_not_recorded(
+    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with record(model, tmp_path / "a.kvtrace", strict=True) as recording, torch.no_grad():
+        model(IDS, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    (reason,) = recording.gaps
+    assert "several sequences packed into one" in reason
+    assert "several sequences packed into one" in capsys.readouterr().err
+    with record(model, tmp_path / "b.kvtrace"):
+        pass
+    assert "nothing was recorded: the LlamaForCausalLM did not run" in capsys.readouterr().err
+
+
+def test_compiled_models_run_as_ever_and_keep_their_events(model: Any, tmp_path: Path) -> None:
+    with torch.no_grad():
+        plain = model(IDS).logits
+        model.forward = torch.compile(model.forward, backend="aot_eager")
+        compiled = model(IDS).logits
+        with record(model, tmp_path / "a.kvtrace", strict=True) as recording:
+            assert torch.equal(model(IDS).logits, compiled)
+            del model.forward
+            assert torch.equal(model(IDS).logits, plain)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert (trace.status, trace.rows, len(trace.layers)) == ("complete", 6, 0)
+    assert sorted(recording.gaps.values()) == [1, 6]
+    torch._dynamo.reset()
+
+
 def test_rows_that_have_ended_are_not_fed_into_the_trace(model: Any, tmp_path: Path) -> None:
     ids = IDS.repeat(2, 1)
     ids[1, 0] = 40

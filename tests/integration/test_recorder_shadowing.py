@@ -11,8 +11,9 @@ import pytest
 import kvtrace
 
 SCRIPT = """\
-import sys
+import os, sys
 import recorder, schemas, viewer
+os.chdir("/")
 assert (recorder.OWN, schemas.OWN, viewer.OWN) == (1, 2, 3)
 assert not {"torch", "transformers"} & set(sys.modules), "kvtrace imported them first"
 import torch

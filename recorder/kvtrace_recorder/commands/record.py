@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     program = parse_program(words)
     name = program.name if program is not None else Path(words[0]).stem
     out = Path(args.out or f"traces/{name}-{time.strftime('%Y%m%d-%H%M%S')}.kvtrace")
+    opened = out.absolute()
     options: dict[str, Any] = {
         "detail": args.detail,
         "dtype": args.dtype,
@@ -68,5 +69,5 @@ def run(args: argparse.Namespace) -> int:
             outcome = run_program(program)
             recording.complete = outcome.finished
         status = outcome.status
-    print(summary(out), file=sys.stderr)
+    print(summary(out, opened), file=sys.stderr)
     return status

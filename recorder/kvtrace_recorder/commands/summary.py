@@ -10,10 +10,18 @@ from kvtrace.console import human_bytes
 from kvtrace.errors import TraceError
 
 
-def summary(path: Path) -> str:
-    """What a trace holds now, and what to do with it next."""
+def summary(path: Path, opened: Path | None = None) -> str:
+    """What a trace holds now, and what to do with it next.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        As the user gave it; shown.
+    opened : pathlib.Path, optional
+        The same as an absolute path, where the program may have changed the directory.
+    """
     try:
-        trace = kvtrace.open(path)
+        trace = kvtrace.open(opened or path)
     except TraceError:
         return f"kvtrace: nothing was recorded: no transformers model ran ({path} was not made)"
     if not trace.rows:

@@ -52,6 +52,8 @@ def read_inputs(
     name = model.info.columns["architecture"]
     if getattr(model.config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder, which is not recorded yet"
+    if given.get("cache") is not None:
+        return f"{name} ran under continuous batching, which is not recorded yet"
     ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     shaped = ids if ids is not None else embeddings
     if not isinstance(shaped, torch.Tensor) or shaped.ndim < 2:
@@ -62,4 +64,13 @@ def read_inputs(
     token_ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
     past = 0 if cache is None else int(cache.get_seq_length())
     batch, length = shaped.shape[:2]
+    if _is_packed(given.get("position_ids"), given.get("attention_mask")):
+        return f"{name} was given several sequences packed into one, which is not recorded yet"
     return StepInputs(token_ids, batch, length, given.get("attention_mask"), cache, past)
+
+
+def _is_packed(position_ids: Any, mask: Any) -> bool:
+    """Whether positions begin anew within a row: some kernels take that for a new sequence."""
+    if mask is not None or not isinstance(position_ids, torch.Tensor) or position_ids.ndim != 2:
+        return False
+    return bool((position_ids.diff(dim=1) <= 0).any())

@@ -94,7 +94,8 @@ def record(
         _check_model(model)
     return Recording(
         model,
-        Path(path),
+        # A program may change its directory while it is recorded.
+        Path(path).absolute(),
         detail=detail,
         dtype=dtype,
         texts=TokenTexts(tokenizer),
@@ -199,7 +200,7 @@ class Recording:
         finally:
             _active = None
             self._opened.close(complete=error is None and self.complete)
-        self._report(raising=error is None)
+        self._report(finished=error is None)
 
     @property
     def _opened(self) -> Pipeline:
@@ -266,13 +267,20 @@ class Recording:
             patch.restore()
         self._patches = []
 
-    def _report(self, *, raising: bool) -> None:
+    def _report(self, *, finished: bool) -> None:
         pipeline = self._opened
         if pipeline.failure is not None:
             message = f"writing {self.path} failed: {pipeline.failure}; what came before is kept"
-            if self._strict and raising:
+            if self._strict and finished:
                 raise TraceError(message) from pipeline.failure
             print(f"kvtrace: {message}", file=sys.stderr)
+        silent = not pipeline.steps and not pipeline.gap_reasons
+        if silent and self._model is not None and finished:
+            print(
+                f"kvtrace: nothing was recorded: the {type(self._model).__name__} did not run, or"
+                " ran under torch.compile",
+                file=sys.stderr,
+            )
         for reason, count in pipeline.gap_reasons.items():
             print(f"kvtrace: not recorded ({count:,}): {reason}", file=sys.stderr)
 

@@ -62,9 +62,18 @@ class Session:
         found: ActiveStep | None = getattr(self._local, "step", None)
         return found
 
-    @current.setter
-    def current(self, step: ActiveStep | None) -> None:
-        self._local.step = step
+    @property
+    def is_inside_call(self) -> bool:
+        """Whether a model runs in this thread, recorded or not."""
+        return getattr(self._local, "inside", False)
+
+    def enter_call(self, step: ActiveStep | None) -> None:
+        """A model runs in this thread from here on; None where it is not recorded."""
+        self._local.inside, self._local.step = True, step
+
+    def leave_call(self) -> None:
+        """The model has returned or raised."""
+        self._local.inside, self._local.step = False, None
 
     def wants(self, module: Any) -> bool:
         """Whether a call of this model begins a step."""
@@ -106,7 +115,7 @@ class Session:
         cache = step.cache if step.cache is not None else _find_cache(output)
         if record.fault is None:
             self.guard.run("attention", collect_rows, step, self._dtype)
-            record.fault = self._missing_layers(step)
+            record.fault = self._differing_layers(step)
         if cache is not None:
             self._book.bind(cache, entry)
             record.events += self.guard.run("cache", cache_events, cache, entry) or []
@@ -177,7 +186,7 @@ class Session:
                 None if record.token_ids is None else int(record.token_ids[start - 1])
             )
 
-    def _missing_layers(self, step: ActiveStep) -> str | None:
+    def _differing_layers(self, step: ActiveStep) -> str | None:
         found = frozenset(step.record.layers)
         if step.model.expected is None:
             silent = self.guard.silent.get("attention")
@@ -187,10 +196,10 @@ class Session:
             if not found:
                 name = step.model.info.columns["architecture"]
                 self._note_once(f"q, k and v of {name}: no attention call passed the tap")
-        missing = step.model.expected - found
-        if not missing:
+        if found == step.model.expected:
             return None
-        return self.guard.silent.get("attention") or f"layers {sorted(missing)} did not attend"
+        differing = sorted(found ^ step.model.expected)
+        return self.guard.silent.get("attention") or f"layers {differing} did not attend as before"
 
     def _model(self, module: Any) -> ModelState:
         found = self._models.get(module)

@@ -28,7 +28,7 @@ def patches(session: Session) -> list[Patch]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if (
                 torch.compiler.is_compiling()
-                or session.current is not None
+                or session.is_inside_call
                 or not session.wants(self)
                 or os.getpid() != session.pid
             ):
@@ -44,16 +44,18 @@ def _observed(
     session: Session, original: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     step = session.guard.run(NAME, session.begin, model, args, kwargs)
-    if step is None:
-        return original(model, *args, **kwargs)
-    session.current = step
+    # Also where the call is not recorded: the models inside it are part of it.
+    session.enter_call(step)
     started = time.perf_counter_ns()
     try:
         output = original(model, *args, **kwargs)
     except BaseException:
-        session.current = None
-        session.guard.run(NAME, session.abandon, step)
+        session.leave_call()
+        if step is not None:
+            session.guard.run(NAME, session.abandon, step)
         raise
-    session.current = None
-    session.guard.run(NAME, session.end, step, output, time.perf_counter_ns() - started)
+    elapsed = time.perf_counter_ns() - started
+    session.leave_call()
+    if step is not None:
+        session.guard.run(NAME, session.end, step, output, elapsed)
     return output
