@@ -201,7 +201,7 @@ class _Work:
         masses = int(total.masses[p])
         bound = float(total.bound[p])
         return Result(
-            id=pair.id,
+            id=pair.id + self._chosen(),
             policy=pair.spec,
             parameters=pair.policy.parameters(),
             budget=str(pair.budget),
@@ -231,6 +231,12 @@ class _Work:
             },
             kv_heads=self.kv_heads,
         )
+
+    def _chosen(self) -> str:
+        """What sets a replay of some requests apart from one of all."""
+        if len(self.replayed) == len(self.trace.requests()):
+            return ""
+        return "-request=" + ".".join(map(str, self.replayed))
 
     def _notes(self, pair: Pair) -> tuple[str, ...]:
         present = max(len(rows) for _, rows in self.replayed.values())
