@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
         "on_full": args.on_full,
         "command": ["kvtrace", "record", "--", *words],
     }
+    refuse_existing(out, force=args.force)
     if program is None:
-        refuse_existing(out, force=args.force)
         status = run_command(words, {"path": str(out), **options})
     else:
         recording = record(None, out, **options)
