@@ -19,6 +19,9 @@ from kvtrace_viewer.derived.marks import find_marks
 from kvtrace_viewer.derived.source import LayerCache
 
 WIDTH, HEIGHT = 1440, 900
+SPAN = 36
+# Of assets/map.js: the room that its axes take.
+MARGIN = {"left": 78, "top": 10, "right": 64, "bottom": 94}
 TRACE = "demo.kvtrace"
 SQL = (
     "select t.text, count(*) as times, min(t.position) as first, max(t.position) as last\n"
@@ -66,9 +69,10 @@ def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
     take(browser, address + "/", out / "runs.png")
     take(browser, f"{address}/attention?{here}&scale=sqrt", out / "attention.png")
     middle = trace.requests()[0].prompt_tokens + 80
+    kv_head = head // trace.layers[layer].group_size
     take(
         browser,
-        f"{address}/replay?trace={TRACE}&layer={layer}&t={min(middle, last)}",
+        f"{address}/replay?trace={TRACE}&layer={layer}&head={kv_head}&t={min(middle, last)}",
         out / "replay.png",
     )
     browser.js(
@@ -77,13 +81,13 @@ def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
     )
     take(browser, browser.js("return location.href"), out / "sql.png")
     scheme(browser, "dark")
-    start = max(0, min(key - 6, last - 36))
-    window = f"x={start}&y={min(start + 4, last - 36)}&span=36"
+    start = max(0, min(key - 6, last - SPAN - 4))
+    window = f"x={start}&y={start + 4}&span={SPAN}"
     take(
         browser,
         f"{address}/attention?{here}&scale=log&{window}",
         out / "attention-dark.png",
-        hover=(430, 430),
+        hover=key_on_map(trace, layer, head, key, start),
     )
 
 
@@ -99,17 +103,34 @@ def striking_head(trace: kvtrace.Trace) -> tuple[int, int, int]:
     return max(found)[2:] if found else (0, 0, 0)
 
 
+def key_on_map(
+    trace: kvtrace.Trace, layer: int, head: int, key: int, start: int
+) -> tuple[float, float]:
+    """Cell of the window where the key is read most, as shares of the map's width and height."""
+    rows = slice(start + 4, start + SPAN + 4)
+    weights = trace.attention(layer, head, rows=rows, keys=slice(key, key + 1))[:, 0]
+    weights[: max(0, key + 6 - rows.start)] = 0
+    return (key - start + 0.5) / SPAN, (int(weights.argmax()) + 0.5) / SPAN
+
+
 def scheme(browser: Any, name: str) -> None:
     """Choose light or dark."""
     browser.js("localStorage.setItem('mantine-color-scheme-value', arguments[0])", name)
 
 
-def take(browser: Any, url: str, path: Path, hover: tuple[int, int] | None = None) -> None:
+def take(browser: Any, url: str, path: Path, hover: tuple[float, float] | None = None) -> None:
     """Take one page once it has settled."""
     browser.open(url)
     time.sleep(5)
     if hover is not None:
-        browser.hover("#attention-map", *hover)
+        size = browser.find("#attention-map").size
+        side = min(
+            size["width"] - MARGIN["left"] - MARGIN["right"],
+            size["height"] - MARGIN["top"] - MARGIN["bottom"],
+        )
+        browser.hover(
+            "#attention-map", MARGIN["left"] + hover[0] * side, MARGIN["top"] + hover[1] * side
+        )
         time.sleep(1)
     browser.driver.save_screenshot(str(path))
     print(path, f"{path.stat().st_size / 1000:.0f} kB")

@@ -90,8 +90,15 @@ window.kv = window.kv || {};
         document.documentElement.getAttribute("data-mantine-color-scheme") === "dark"
             ? "dark"
             : "light";
-    kv.token = (name) =>
-        getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+    /* A design token's value; kept until the scheme changes, since drawing asks often. */
+    let tokens = {};
+    kv.token = function (name) {
+        const scheme = kv.scheme();
+        if (tokens.scheme !== scheme) tokens = { scheme };
+        tokens[name] ??= getComputedStyle(document.documentElement)
+            .getPropertyValue(`--${name}`).trim();
+        return tokens[name];
+    };
 
     const schemeListeners = new Set();
     kv.onScheme = (listener) => schemeListeners.add(listener);

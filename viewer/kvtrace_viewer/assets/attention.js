@@ -6,6 +6,7 @@ window.kv = window.kv || {};
     const MAX_ROWS_KEPT = 64;
     const HOVER_DELAY_MS = 30;
     const TOP_KEYS = 16;
+    const MAX_MARKS_LISTED = 200;
     const STATUS = "attention-status";
 
     /* Everything of one visit to the page; a new one when React has made a new canvas. */
@@ -235,7 +236,7 @@ window.kv = window.kv || {};
         line("Query", ...token(pair.row));
         line("Key", ...token(pair.key));
         line("Weight", kv.element("strong", "", hidden(pair) ? "not visible" : kv.weight(pair.weight)));
-        if (!hidden(pair)) line("Uniform ×", `${(pair.weight * seen(pair.row)).toFixed(2)}`);
+        if (!hidden(pair)) line("Uniform", `${(pair.weight * seen(pair.row)).toFixed(2)}× as much`);
         box.replaceChildren(list, kv.element("h3", "", "Strongest keys of this query"), strongest(pair),
             kv.element("p", "kv-note", "The wheel zooms, dragging pans, double click shows all."));
     }
@@ -271,7 +272,7 @@ window.kv = window.kv || {};
             box.replaceChildren(kv.element("p", "kv-note", "None in this head."));
             return;
         }
-        const rows = marks.map((mark) => {
+        const rows = marks.slice(0, MAX_MARKS_LISTED).map((mark) => {
             const row = kv.element("button", `kv-mark kv-mark-${mark.kind}`);
             row.type = "button";
             row.title = "Zoom to this key";
@@ -289,7 +290,9 @@ window.kv = window.kv || {};
         const number = (kind) => marks.filter((mark) => mark.kind === kind).length;
         kinds.append(kv.element("span", "kv-mark-sink", `▲ ${number("sink")} sink${number("sink") === 1 ? "" : "s"}`),
             kv.element("span", "kv-mark-heavy", `◆ ${number("heavy")} heavy hitter${number("heavy") === 1 ? "" : "s"}`));
-        box.replaceChildren(kinds, ...rows);
+        const rest = marks.length - rows.length;
+        box.replaceChildren(kinds, ...rows,
+            kv.element("p", "kv-note", rest > 0 ? `and ${kv.count(rest)} weaker ones, on the map` : ""));
     }
 
     /* ---- buttons ---- */

@@ -20,6 +20,7 @@ window.kv = window.kv || {};
             this.listen = listen;
             this.view = { x: 0, y: 0, span: 1 };
             this.marks = [];
+            this.markAt = new Map();
             this.tokens = [];
             this.pool = "max";
             this.hover = null;
@@ -290,11 +291,8 @@ window.kv = window.kv || {};
 
         setMarks(marks) {
             this.marks = marks;
+            this.markAt = new Map(marks.map((mark) => [mark.position, mark.kind]));
             this.draw();
-        }
-
-        get markAt() {
-            return new Map(this.marks.map((mark) => [mark.position, mark.kind]));
         }
 
         drawColourBar(context, box) {

@@ -6,7 +6,7 @@ window.kv = window.kv || {};
     const MAX_CELL = 15;
     const MIN_CELL = 3;
     const GLYPH_CELL = 8;
-    const MAX_HEIGHT = 260;
+    const MAX_HEIGHT = 176;
 
     /* State of a key after the cut of the row at `time`. `evictedAt` is the position of the query
        after whose row it was evicted, -1 = never. */
@@ -83,7 +83,7 @@ window.kv = window.kv || {};
                 context.fillRect(x, y, side, side);
                 if (cell >= GLYPH_CELL) this.drawGlyph(context, state, x, y, side, colours);
             }
-            if (cell >= GLYPH_CELL) this.drawSinks(context, time, cell, columns, side, colours);
+            this.drawSinks(context, time, cell, columns, side, colours);
             this.tell(time, counts, mass);
         }
 
@@ -115,7 +115,7 @@ window.kv = window.kv || {};
                 if (position > time) continue;
                 const x = (position % columns) * cell + side / 2;
                 const y = Math.floor(position / columns) * cell + side / 2;
-                const size = side * 0.62;
+                const size = Math.max(10, side);
                 context.beginPath();
                 context.moveTo(x, y - size / 2);
                 context.lineTo(x + size / 2, y + size / 2);

@@ -43,6 +43,9 @@ window.kv = window.kv || {};
     };
 
     words.kvCount = (value) => (value === null || value === undefined ? "–" : kv.count(value));
+    /* Line ends have to be seen in a grid of single lines; nothing else is changed. */
+    words.kvText = (value) => (typeof value === "string"
+        ? value.replaceAll("\r", "␍").replaceAll("\n", "↵").replaceAll("\t", "⇥") : value);
     words.kvShare = (value) => (value === null || value === undefined ? "–" : value.toFixed(4));
     words.kvSinks = (row) => (row.sinks === null ? "–" : `${row.retained_sinks} / ${row.sinks}`);
     words.kvBytes = function (value) {

@@ -35,7 +35,7 @@ window.kv = window.kv || {};
             `${kv.count(rows)}${answer.truncated ? "+" : ""} row${rows === 1 ? "" : "s"} in ${(1000 * answer.seconds).toFixed(0)} ms`;
         const columnDefs = answer.columns.map((column, index) => ({
             field: `c${index}`, headerName: column.name, headerTooltip: column.type,
-            ...(column.numeric ? { type: "rightAligned", cellClass: "ag-right-aligned-cell kv-number" } : { cellClass: "kv-mono" }),
+            ...(column.numeric ? { type: "rightAligned", cellClass: "ag-right-aligned-cell kv-number" } : { cellClass: "kv-mono", valueFormatter: { function: "kvText(params.value)" } }),
         }));
         const rowData = answer.rows.map((row) =>
             Object.fromEntries(row.map((value, index) => [`c${index}`, value])));
@@ -43,7 +43,10 @@ window.kv = window.kv || {};
         /* Once the rows are drawn, columns take the width of what they hold. */
         setTimeout(() => {
             const grid = kv.byId("sql-grid") && window.dash_ag_grid.getApi("sql-grid");
-            if (grid) grid.autoSizeAllColumns();
+            if (!grid) return;
+            grid.autoSizeAllColumns();
+            const width = grid.getAllDisplayedColumns().reduce((sum, one) => sum + one.getActualWidth(), 0);
+            if (width < kv.byId("sql-grid").clientWidth) grid.sizeColumnsToFit();
         }, 150);
     }
 

@@ -125,7 +125,6 @@ def results() -> Component:
             "resizable": True,
             "filter": True,
             "minWidth": 90,
-            "maxWidth": 520,
         },
         dashGridOptions={**GRID_OPTIONS, "localeText": {"noRowsToShow": "No rows"}},
         className="kv-grid",
