@@ -163,6 +163,22 @@ def test_float16_traces_agree_to_two_thousandths(family: str, tmp_path: Path) ->
             np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
 
 
+def test_a_bfloat16_model_is_stored_exactly_in_float16(tmp_path: Path) -> None:
+    model = build("Llama", "sdpa").to(torch.bfloat16)
+    plain = greedy(model, prompt()).sequences
+    for dtype in ("float16", "float32"):
+        with record(model, tmp_path / dtype, dtype=dtype, strict=True) as recording:
+            assert torch.equal(greedy(model, prompt()).sequences, plain)
+        assert recording.gaps == {}
+    narrow, wide = (kvtrace.open(tmp_path / dtype) for dtype in ("float16", "float32"))
+    assert narrow.table("models")["dtype"].to_pylist() == ["bfloat16"]
+    for layer in range(2):
+        for kind in ("q", "k", "v"):
+            found, expected = (getattr(t.layer_data(layer), kind) for t in (narrow, wide))
+            # Below 2**-14 float16 has fewer digits.
+            np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-25)
+
+
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT2"])
 def test_left_padding_is_not_recorded(family: str, kernel: str, tmp_path: Path) -> None:
