@@ -27,7 +27,7 @@ CREATE TABLE layers (
     has_sinks BOOLEAN, rope_theta DOUBLE, array_group INTEGER, array_index INTEGER
 );
 COMMENT ON TABLE layers IS 'One row per attention layer.';
-COMMENT ON COLUMN layers.attention_kind IS 'full or sliding.';
+COMMENT ON COLUMN layers.attention_kind IS 'full, sliding, or bidirectional (an encoder: every token sees every token).';
 COMMENT ON COLUMN layers.scale IS 'Factor on q k^T before the softmax.';
 COMMENT ON COLUMN layers.sliding_window IS 'Keys a query can see, itself included; null when all.';
 COMMENT ON COLUMN layers.array_group IS 'Layers of one shape share arrays: group 0 is q, k, v, lse; group n is q_n, k_n, ...';
@@ -70,6 +70,7 @@ CREATE TABLE kv_events (
 );
 COMMENT ON TABLE kv_events IS 'What happened to KV memory.';
 COMMENT ON COLUMN kv_events.request IS 'Null where the event concerns the whole batch.';
+COMMENT ON COLUMN kv_events.layer IS 'Null where the event concerns all layers: free.';
 COMMENT ON COLUMN kv_events.event IS 'grow, crop, reorder, free.';
 COMMENT ON COLUMN kv_events.tokens IS 'Token slots held after the event.';
 COMMENT ON COLUMN kv_events.bytes IS 'Bytes held after the event by this layer, keys and values, over the whole batch, padding counted.';
