@@ -87,6 +87,12 @@ def test_an_empty_folder_says_what_to_do(
     assert "kvtrace demo" in text
 
 
+def test_an_address_that_is_no_page_says_so(browser: Browser, address: str) -> None:
+    browser.open(f"{address}/nowhere")
+    browser.until("document.querySelector('.kv-empty')")
+    assert "There is no such page" in browser.text(".kv-empty")
+
+
 def test_a_trace_that_is_not_there_says_so(browser: Browser, address: str) -> None:
     browser.open(f"{address}/attention?trace=../gone.kvtrace")
     browser.until("document.querySelector('.kv-empty')")

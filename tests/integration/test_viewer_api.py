@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from starlette.types import ASGIApp
 
+import kvtrace
 from kvtrace import Trace
 from kvtrace.testing import SyntheticTrace, write_synthetic
 from kvtrace.writer import LayerSpec, TraceWriter
@@ -29,12 +30,16 @@ NAME = "synthetic.kvtrace"
 Get = Callable[..., Answer]
 
 
-@pytest.fixture
-def trace(synthetic_trace: SyntheticTrace) -> Trace:
-    return synthetic_trace([PROMPT] + [1] * DECODED)
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Trace:
+    path = tmp_path_factory.mktemp("traces") / NAME
+    with TraceWriter(path, source="synthetic", dtype="float32") as writer:
+        specs = [LayerSpec(layer, 4, 2, 16, 16, 0.25) for layer in range(2)]
+        write_synthetic(writer, specs, [PROMPT] + [1] * DECODED)
+    return kvtrace.open(path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(trace: Trace) -> ASGIApp:
     app: ASGIApp = create_app(trace.path.parent).server
     return app
@@ -259,13 +264,14 @@ def test_a_wrong_order_fails_in_one_line(server: ASGIApp, order: dict[str, Any],
 
 
 def test_sinks_of_the_viewer_are_the_replays_own(
-    server: ASGIApp, synthetic_trace: SyntheticTrace
+    tmp_path: Path, synthetic_trace: SyntheticTrace
 ) -> None:
     """Both count sinks by policies.md; a sharp synthetic head has some."""
     sharp = synthetic_trace(
         [150, 1, 1], [LayerSpec(0, 4, 2, 4, 4, 3.0), LayerSpec(1, 4, 2, 4, 4, 3.0)], name="sharp"
     )
     name = "sharp.kvtrace"
+    server: ASGIApp = create_app(tmp_path).server
     order = {"trace": name, "policies": ["full"], "budgets": ["100%"]}
     wait(server, ask(server, "/api/replays", post=order).json["id"])
     counted = 0
@@ -278,8 +284,9 @@ def test_sinks_of_the_viewer_are_the_replays_own(
 
 
 def test_a_window_is_empty_above_and_left_of_it(
-    server: ASGIApp, synthetic_trace: SyntheticTrace
+    tmp_path: Path, synthetic_trace: SyntheticTrace
 ) -> None:
+    server: ASGIApp = create_app(tmp_path).server
     synthetic_trace([50], [LayerSpec(0, 2, 1, 8, 8, 0.3, "sliding", 16)], name="window")
     query = {"trace": "window.kvtrace", "layer": 0, "head": 0, "level": 0, "row": 0, "column": 0}
     plane = np.frombuffer(ask(server, "/api/tile", query).content, np.uint8)[: 256 * 256]
@@ -330,6 +337,19 @@ def test_a_trace_being_recorded_is_shown_as_it_grows(tmp_path: Path) -> None:
         assert answer.json["rows"] == [[21]]
     (row,) = ask(server, "/api/traces").json
     assert row["status"] == "complete"
+
+
+def test_a_trace_without_queries_says_so(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "e.kvtrace", source="synthetic", detail="events") as writer:
+        write_synthetic(writer, [LayerSpec(0, 2, 1, 8, 8, 0.3)], [9])
+    context = Context.of(TraceLibrary(tmp_path))
+    text = str(PAGES[1].layout(context))
+    assert "No attention in this trace" in text
+    assert "--detail qkv" in text
+    server: ASGIApp = create_app(tmp_path).server
+    answer = ask(server, "/api/thumbnails", {"trace": "e.kvtrace", "layer": 0})
+    assert answer.status == 400
+    assert "q, k and lse" in answer.json["error"]
 
 
 def test_an_empty_folder_answers(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 
 from kvtrace_viewer import api, shell
 from kvtrace_viewer.asgi import ask
+from kvtrace_viewer.components import empty_state
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.library import TraceLibrary
 from kvtrace_viewer.pages import PAGES
@@ -46,6 +47,13 @@ def create_app(trace_root: Path, host_names: frozenset[str] = frozenset()) -> da
     )
     for order, page in enumerate(PAGES):
         page.register(app, context, order)
+    # The name by which Dash finds what to show for an address that is no page.
+    dash.register_page(
+        "not_found_404",
+        path="/404",
+        title="Not found · kvtrace",
+        layout=empty_state("There is no such page", "Choose one of the pages above."),
+    )
     app.layout = lambda: shell.layout(context)
     shell.register(app, context)
     server: FastAPI = app.server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
@@ -83,5 +84,7 @@ def ask(
     async def call() -> None:
         await app(scope, receive, send)
 
-    asyncio.run(call())
+    # A thread of its own, since a notebook's thread has a running loop already.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(lambda: asyncio.run(call())).result()
     return answer

@@ -88,13 +88,13 @@ class ReplayJobs:
 
 
 def _run(job: Job, trace: Trace, policies: list[str], budgets: list[str], when: str | None) -> None:
-    # Imported here because it pulls in numba, which a viewer that replays nothing can do without.
-    from kvtrace_viewer.replay import replay
-
     def progress(share: float) -> None:
         job.share = share
 
     try:
+        # Imported here because it pulls in numba, which takes a second the first time.
+        from kvtrace_viewer.replay import replay
+
         results = replay(trace, policies=policies, budgets=budgets, when=when, progress=progress)
         job.results = [result.id for result in results]
         job.state = "done"

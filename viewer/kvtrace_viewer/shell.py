@@ -12,6 +12,7 @@ from dash import Input, Output, State, dcc, html
 from kvtrace_viewer.components import Component
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.figures.theme import FONT
+from kvtrace_viewer.pages import PAGES
 
 MONOSPACE = (
     'ui-monospace, SFMono-Regular, "SF Mono", Menlo, Consolas, "Liberation Mono", '
@@ -133,11 +134,11 @@ def header_state(
     query = f"?{urlencode({'trace': shown}, safe='/')}" if shown else ""
     links = [
         dcc.Link(
-            page["name"],
-            href=page["path"] if page["path"] == "/" else page["path"] + query,
-            className="kv-nav-link" + (" kv-active" if page["path"] == pathname else ""),
+            page.NAME,
+            href=page.PATH if page.PATH == "/" else page.PATH + query,
+            className="kv-nav-link" + (" kv-active" if pathname == page.PATH else ""),
         )
-        for page in dash.page_registry.values()
+        for page in PAGES
     ]
     known = shown if any(option["value"] == shown for option in options) else None
     return links, options, known, known

@@ -24,7 +24,9 @@ from kvtrace_viewer.derived.tokens import token_texts
 MAX_LEVEL = 24
 MAX_EXPORT_WEIGHTS = {"csv": 1_000_000, "npz": 25_000_000}
 
-Index = Annotated[int, Query(ge=0)]
+Index = Annotated[int, Query(ge=0, le=2**31 - 1)]
+# Times the 2^32 positions of a tile of the last level, still an int64.
+TileIndex = Annotated[int, Query(ge=0, le=2**24)]
 
 
 def router(context: Context) -> APIRouter:
@@ -37,8 +39,8 @@ def router(context: Context) -> APIRouter:
         layer: Index,
         head: Index,
         level: Annotated[int, Query(ge=0, le=MAX_LEVEL)],
-        row: Index,
-        column: Index,
+        row: TileIndex,
+        column: TileIndex,
         request: Index = 0,
         scale: str = "sqrt",
     ) -> Response:

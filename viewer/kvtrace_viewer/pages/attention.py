@@ -13,6 +13,7 @@ from kvtrace.trace import Trace
 from kvtrace_viewer.components import (
     Component,
     button,
+    empty_state,
     field,
     icon_button,
     panel,
@@ -76,6 +77,12 @@ def layout(context: Context, trace: str | None = None, **query: str) -> Componen
 
 def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     """Build the page of a trace that has tokens."""
+    if not {"q", "k", "lse"} <= set(trace.table("array_catalog")["kind"].to_pylist()):
+        return empty_state(
+            "No attention in this trace",
+            f"{trace.name} was recorded without queries and keys, from which maps are computed.",
+            "kvtrace record --detail qkv --out run.kvtrace -- script.py",
+        )
     request = choose_request(trace, query.get("request"))
     layers = layers_of(trace, request)
     num_heads = max((layer.num_q_heads for layer in layers), default=0)
