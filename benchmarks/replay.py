@@ -19,11 +19,24 @@ import numpy as np
 import torch
 
 import kvtrace
+from kvtrace import attention
+from kvtrace.model import Layer, LayerData, Request
 from kvtrace_viewer.replay import POLICIES, Head, Measures, parse_budget, parse_policy, parse_when
 from kvtrace_viewer.replay.engine import Run, blocks, replay_layer, workers
 from kvtrace_viewer.replay.run import heads_of
 from kvtrace_viewer.replay.totals import StepTotals
 
+NINE = [
+    "full",
+    "sliding_window",
+    "streaming_llm",
+    "random",
+    "lru",
+    "lfu",
+    "h2o",
+    "observed_attention",
+    "knorm",
+]
 BUDGETS = ["2%", "5%", "10%", "20%", "30%", "40%", "50%", "75%"]
 
 
@@ -36,19 +49,10 @@ def random_weights_heads(tokens: int) -> list[Head]:
             hidden + 0.3 * torch.randn(tokens, 256).cumsum(0), (256,)
         )
         q, k, v = (torch.nn.Linear(256, width)(hidden).numpy() for width in (256, 64, 64))
-    q = 3 * q.reshape(tokens, 8, 32)
-    return [
-        Head(
-            q=np.ascontiguousarray(q[:, 4 * h : 4 * h + 4]),
-            k=np.ascontiguousarray(k[:, 32 * h : 32 * h + 32]),
-            v=np.ascontiguousarray(v[:, 32 * h : 32 * h + 32]),
-            lse=None,
-            scale=32**-0.5,
-            prompt_tokens=tokens // 2,
-            kv_head=h,
-        )
-        for h in range(2)
-    ]
+    q, k, v = (x.reshape(tokens, -1, 32) for x in (3 * q, k, v))
+    spec = Layer(0, 0, "full", 8, 2, 32, 32, 32**-0.5, None, None, False, None, 0, 0)
+    data = LayerData(spec, q, k, v, attention.log_sum_exp(q, k, spec))
+    return heads_of(data, Request(0, 0, tokens, tokens // 2, None, None, 0), 1)
 
 
 def trace_heads(path: str) -> list[list[Head]]:
@@ -105,13 +109,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     layers = trace_heads(args.trace) if args.trace else [random_weights_heads(args.tokens)]
-    everything = list(POLICIES)
-    some = [p for p in everything if p != "oracle"]
     cases = {
         "1 pair (h2o 20%)": (["h2o"], ["20%"]),
         "1 pair (lru 20%)": (["lru"], ["20%"]),
-        f"{len(some)} policies x 8 budgets": (some, BUDGETS),
-        f"{len(everything)} policies x 8, with the oracle": (everything, BUDGETS),
+        "9 policies x 8 budgets": (NINE, BUDGETS),
+        "9 and the oracle x 8": ([*NINE, "oracle"], BUDGETS),
     }
     head = layers[0][0]
     print(
@@ -121,8 +123,11 @@ def main() -> None:
     rows_once(layers)
     for when in ("step", "stream"):
         for name, (policies, budgets) in cases.items():
-            for output in (0, 512):
+            for output in (0, 256):
                 time_case(layers, policies, budgets, when, output, name, args.repeats)
+
+    for policy, kind in POLICIES.items():
+        time_case(layers, [policy], BUDGETS, kind.default_when, 0, f"{policy} x 8", args.repeats)
 
 
 def time_case(
@@ -135,8 +140,9 @@ def time_case(
     repeats: int,
 ) -> None:
     """Time one case in turns with F and print the median ratio."""
-    if not output:
-        layers = [[_without_values(head) for head in heads] for heads in layers]
+    needs_values = any("v" in POLICIES[policy].signals for policy in policies)
+    if not output and not needs_values:
+        layers = [[changed(head, v=None) for head in heads] for heads in layers]
 
     def work() -> None:
         replay(layers, policies, budgets, when, output or 1)
@@ -148,10 +154,6 @@ def time_case(
         ratios.append(cpu(work) / f)
     error = f"output error over at most {output} rows" if output else "no output error"
     print(f"{when:7s} {name:38s} {error:38s} {statistics.median(ratios):6.2f} F  (F {f:.3f} s)")
-
-
-def _without_values(head: Head) -> Head:
-    return changed(head, v=None)
 
 
 if __name__ == "__main__":

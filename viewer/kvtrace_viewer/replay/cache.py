@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.kernels import NEVER, cut_lowest
+from kvtrace_viewer.replay.kernels import NEVER, cut_lowest, cut_oldest
 
 Longs = NDArray[np.int64]
 
@@ -94,6 +94,22 @@ class Cache:
             self.counts,
             self.evicted_at,
             self.ties,
+        )
+        self.joined = int(cuts.rows[-1]) + 1
+
+    def cut_oldest(self, cuts: Cuts) -> None:
+        """Evict the oldest unprotected tokens at each of `cuts`."""
+        if not len(cuts.rows):
+            return
+        cut_oldest(
+            cuts.rows,
+            cuts.limits,
+            cuts.sinks,
+            self.window or 0,
+            self.joined,
+            self.slots,
+            self.counts,
+            self.evicted_at,
         )
         self.joined = int(cuts.rows[-1]) + 1
 

@@ -46,16 +46,19 @@ def fill_needed(attention: Floats, start: int, share: float, starts: Longs, keys
 
 @jit
 def count_hits(
-    starts: Longs, keys: Ints, group: int, start: int, evicted_at: Ints, hits: Longs
+    starts: Longs, keys: Ints, group: int, start: int, evicted_at: Ints, hits: Ints
 ) -> None:
-    """Add to hits [row, pair] the needed keys a pair still holds at that row."""
+    """Add to hits [row, pair] the needed keys a pair still holds at that row.
+
+    Counted in int32, as wide as `evicted_at`: the loop over pairs is then vectorised.
+    """
     rows, pairs = hits.shape
     for r in range(rows):
-        query = start + r
+        query = np.int32(start + r)
         for at in range(starts[r * group], starts[(r + 1) * group]):
             gone = evicted_at[keys[at]]
             for p in range(pairs):
-                hits[r, p] += gone[p] >= query
+                hits[r, p] += np.int32(gone[p] >= query)
 
 
 @jit
@@ -72,18 +75,18 @@ def held_at_end(evicted_at: Ints, start: int, stop: int, held: Floats) -> int:
 
 
 @jit
-def held_at_row(evicted_at: Ints, row: int, held: Floats) -> None:
-    """Write held [panel, pair, key] for one row; the first pair of each panel holds everything.
+def keep_held(attention: Floats, start: int, rows: Longs, evicted_at: Ints, kept: Floats) -> None:
+    """Write kept [query head, row, key]: some rows of a block where held, zero elsewhere.
 
-    `evicted_at` is [pair, key] here.
+    `evicted_at` is [key], of one pair; `rows` index into the block.
     """
-    width = held.shape[1] - 1
-    for panel in range(held.shape[0]):
-        held[panel, 0] = 1
-    for p in range(evicted_at.shape[0]):
-        line = held[p // width, 1 + p % width]
-        for j in range(held.shape[2]):
-            line[j] = evicted_at[p, j] >= row
+    for g in range(attention.shape[0]):
+        for r in range(rows.shape[0]):
+            query = start + rows[r]
+            source = attention[g, rows[r]]
+            target = kept[g, r]
+            for j in range(source.shape[0]):
+                target[j] = source[j] if evicted_at[j] >= query else np.float32(0)
 
 
 @jit
@@ -164,6 +167,40 @@ def cut_lowest(
                 gathered,
             )
             ties[b] += tie
+        counts[b] = count
+
+
+@jit
+def cut_oldest(
+    rows: Longs,
+    limits: Longs,
+    sinks: Longs,
+    window: int,
+    joined: int,
+    slots: Ints,
+    counts: Longs,
+    evicted_at: Ints,
+) -> None:
+    """Cut as `cut_lowest` does where the score is the position, without looking for it."""
+    for b in range(counts.shape[0]):
+        mine = slots[b]
+        count = counts[b]
+        last = joined
+        for c in range(rows.shape[0]):
+            for j in range(last, rows[c] + 1):
+                mine[count] = j
+                count += 1
+            last = rows[c] + 1
+            if window > 0:
+                count = _leave_window(mine, count, last - window)
+            surplus = count - limits[c, b]
+            if surplus > 0:
+                low = _first_from(mine, count, sinks[c, b])
+                for s in range(low, low + surplus):
+                    evicted_at[b, mine[s]] = rows[c]
+                for s in range(low + surplus, count):
+                    mine[s - surplus] = mine[s]
+                count -= surplus
         counts[b] = count
 
 

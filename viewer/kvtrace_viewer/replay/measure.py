@@ -15,7 +15,7 @@ from kvtrace_viewer.replay.kernels import (
     add_far,
     count_hits,
     held_at_end,
-    held_at_row,
+    keep_held,
 )
 
 MASS_STEPS = 10_000
@@ -94,7 +94,7 @@ class HeadMeasures:
         window = slice(block.start, block.stop)
         self.mass[active, :, window] = np.where(measured[:, None], mass, np.nan)
         needed = np.diff(block.needed.starts[:: self.head.group])
-        hits = np.zeros((len(rows), len(active)), dtype=np.int64)
+        hits = np.zeros((len(rows), len(active)), dtype=np.int32)
         count_hits(block.needed.starts, block.needed.keys, self.head.group, block.start, gone, hits)
         self.hits[active, window] = np.where(measured, hits.T, 0)
         self.misses[active, window] = np.where(measured, needed - hits.T, 0)
@@ -165,23 +165,24 @@ def output_errors(block: Block, gone: NDArray[np.int32], rows: Longs) -> Doubles
     """
     if block.head.v is None:
         raise ValueError("output error needs values")
-    pairs, group = gone.shape[1], block.head.group
-    by_pair = np.ascontiguousarray(gone.T)
+    # A column of ones beside the values: the same product gives what o_S is renormalised by.
     values = np.column_stack([block.head.v[: block.stop], np.ones(block.stop, np.float32)])
-    held = np.zeros((-(-pairs // (PANEL - 1)), PANEL, block.stop), dtype=np.float32)
-    weighted = np.empty((block.stop, group, values.shape[1]), dtype=np.float32)
-    errors = np.empty((pairs, group, len(rows)))
-    for r, row in enumerate(rows):
-        held_at_row(by_pair, block.start + row, held)
-        np.multiply(block.attention[:, row].T[:, :, None], values[:, None], out=weighted)
-        flat = weighted.reshape(block.stop, -1)
-        sums = np.stack([panel @ flat for panel in held])  # [panel, pair, query head * (d + 1)]
-        sums = sums.reshape(len(held), PANEL, group, -1).astype(np.float64)
-        total = sums[..., -1:] + block.sink_share[:, row, None]
-        # A row that keeps nothing has no output to speak of: zero, as the sum of no values.
-        outputs = sums[..., :-1] / np.where(total > 0, total, 1.0)
-        size = np.linalg.norm(outputs[:, :1], axis=3)
-        apart = np.linalg.norm(outputs[:, 1:] - outputs[:, :1], axis=3)
-        found = np.where(size > 0, apart / np.where(size > 0, size, 1.0), 0.0)
-        errors[:, :, r] = found.reshape(-1, group)[:pairs]
+    sink = block.sink_share[:, rows]
+    full = _outputs(np.ascontiguousarray(block.attention[:, rows]), values, sink)
+    size = np.linalg.norm(full, axis=2)
+    kept = np.empty((block.head.group, len(rows), block.stop), dtype=np.float32)
+    errors = np.empty((gone.shape[1], *size.shape))
+    for p, evicted_at in enumerate(np.ascontiguousarray(gone.T)):
+        keep_held(block.attention, block.start, rows, evicted_at, kept)
+        apart = np.linalg.norm(_outputs(kept, values, sink) - full, axis=2)
+        errors[p] = np.where(size > 0, apart / np.where(size > 0, size, 1.0), 0.0)
     return errors
+
+
+def _outputs(attention: NDArray[np.float32], values: NDArray[np.float32], sink: Doubles) -> Doubles:
+    """Renormalised attention outputs [query head, row, value_dim]."""
+    sums = attention.reshape(-1, attention.shape[2]) @ values
+    sums = sums.reshape(*attention.shape[:2], -1).astype(np.float64)
+    total = sums[..., -1] + sink
+    # A row that keeps nothing has no output to speak of: zero, as the sum of no values.
+    return np.asarray(sums[..., :-1] / np.where(total > 0, total, 1.0)[..., None])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cuts
+from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.policy import Policy
 
 
@@ -31,12 +32,27 @@ class LFU(Policy):
         """Uses so far."""
         out = np.empty((len(cuts.rows), block.stop))
         needed = block.needed
-        group = block.head.group
-        c = 0
-        for r in range(block.stop - block.start):
-            keys = needed.keys[needed.starts[r * group] : needed.starts[(r + 1) * group]]
-            np.add.at(state, keys, 1)
-            if c < len(cuts.rows) and cuts.rows[c] == block.start + r:
-                out[c] = state[: block.stop]
-                c += 1
+        _count_uses(
+            needed.starts, needed.keys, block.head.group, block.start, cuts.rows, state, out
+        )
         return out
+
+
+@jit
+def _count_uses(
+    starts: NDArray[np.int64],
+    keys: NDArray[np.int32],
+    group: int,
+    start: int,
+    cuts: NDArray[np.int64],
+    uses: NDArray[np.float64],
+    out: NDArray[np.float64],
+) -> None:
+    rows = (len(starts) - 1) // group
+    c = 0
+    for r in range(rows):
+        for at in range(starts[r * group], starts[(r + 1) * group]):
+            uses[keys[at]] += 1.0
+        if c < len(cuts) and cuts[c] == start + r:
+            out[c] = uses[: out.shape[1]]
+            c += 1

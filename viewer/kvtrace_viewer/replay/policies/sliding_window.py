@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from kvtrace_viewer.replay.block import Block
-from kvtrace_viewer.replay.cache import Cuts
+from kvtrace_viewer.replay.cache import Cache, Cuts
 from kvtrace_viewer.replay.policy import Policy
 
 
@@ -24,6 +21,6 @@ class SlidingWindow(Policy):
     name: ClassVar[str] = "sliding_window"
     signals: ClassVar[frozenset[str]] = frozenset()
 
-    def scores(self, block: Block, cuts: Cuts, state: Any) -> NDArray[np.float64]:
-        """Younger is higher."""
-        return np.broadcast_to(np.arange(block.stop, dtype=float), (len(cuts.rows), block.stop))
+    def decide(self, block: Block, cuts: Cuts, state: Any, cache: Cache) -> None:
+        """Evict the oldest: position is the score."""
+        cache.cut_oldest(cuts)

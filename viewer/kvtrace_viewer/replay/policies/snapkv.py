@@ -14,6 +14,14 @@ from kvtrace_viewer.replay.cache import Cuts
 from kvtrace_viewer.replay.policy import Policy, parameter
 
 
+@dataclass(frozen=True)
+class Votes:
+    """Rows [query head, key] of the current window, oldest first, and all decision rows."""
+
+    cuts: NDArray[np.int64]
+    rows: list[NDArray[np.float32]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Policy):
     """Keep what the last queries attend to, with its neighbours, and the last tokens.
@@ -46,22 +54,22 @@ class SnapKV(Policy):
         """The window."""
         return self.window
 
-    def start(self, head: Head, cuts: Cuts) -> list[NDArray[np.float32]]:
-        """Rows [query head, key] that a window may still need, oldest first."""
-        return []
+    def start(self, head: Head, cuts: Cuts) -> Votes:
+        """Return the rows that vote."""
+        return Votes(cuts.rows, [])
 
-    def scores(
-        self, block: Block, cuts: Cuts, state: list[NDArray[np.float32]]
-    ) -> NDArray[np.float64]:
+    def scores(self, block: Block, cuts: Cuts, state: Votes) -> NDArray[np.float64]:
         """Pooled votes; the window's own tokens, which stay anyway, get none."""
         out = np.zeros((len(cuts.rows), block.stop))
-        for r in range(block.stop - block.start):
-            state.append(block.attention[:, r, : block.start + r + 1].copy())
-            del state[: -self.window]
-            c = np.searchsorted(cuts.rows, block.start + r)
-            voted = block.start + r + 1 - self.window
-            if c < len(cuts.rows) and cuts.rows[c] == block.start + r and voted > 0:
-                out[c, :voted] = self._votes(state, voted)
+        for row in range(block.start, block.stop):
+            after = np.searchsorted(state.cuts, row)
+            if after == len(state.cuts) or state.cuts[after] >= row + self.window:
+                continue  # no decision's window reaches this row
+            state.rows.append(block.attention[:, row - block.start, : row + 1].copy())
+            del state.rows[: -self.window]
+            voted = row + 1 - self.window
+            if state.cuts[after] == row and voted > 0:
+                out[np.searchsorted(cuts.rows, row), :voted] = self._votes(state.rows, voted)
         return out
 
     def _votes(self, rows: list[NDArray[np.float32]], keys: int) -> NDArray[np.float64]:

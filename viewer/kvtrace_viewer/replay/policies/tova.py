@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.block import Block
+from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.policy import Policy
 
 
@@ -33,10 +34,28 @@ class TOVA(Policy):
     def score_held(
         self, held: NDArray[np.int64], limit: int, row: int, block: Block, state: Any
     ) -> NDArray[np.float64]:
-        """Mean attention of the row."""
+        """Attention of the row, summed over the heads: ranked as its mean is."""
         total = np.zeros(len(held))
+        r = row - block.start
         for head in block.layer:
-            kept = head.attention[:, row - block.start][:, held].astype(np.float64)
-            sums = kept.sum(axis=1) + head.sink_share[:, row - block.start]
-            total += (kept / np.where(sums > 0, sums, 1.0)[:, None]).sum(axis=0)
-        return np.asarray(total / sum(head.head.group for head in block.layer))
+            _add_renormalised(head.attention, r, head.sink_share, held, total)
+        return total
+
+
+@jit
+def _add_renormalised(
+    attention: NDArray[np.float32],
+    r: int,
+    sink_share: NDArray[np.float64],
+    held: NDArray[np.int64],
+    total: NDArray[np.float64],
+) -> None:
+    for g in range(attention.shape[0]):
+        row = attention[g, r]
+        mass = 0.0
+        for j in held:
+            mass += row[j]
+        if mass > 0:
+            share = 1.0 / (mass + sink_share[g, r])
+            for s in range(len(held)):
+                total[s] += row[held[s]] * share
