@@ -339,6 +339,24 @@ def test_a_trace_being_recorded_is_shown_as_it_grows(tmp_path: Path) -> None:
     assert row["status"] == "complete"
 
 
+def test_a_trace_recorded_again_is_not_shown_from_a_cache(tmp_path: Path) -> None:
+    server: ASGIApp = create_app(tmp_path).server
+    query = {"trace": "run.kvtrace", "layer": 0, "head": 0}
+    place = {**query, "level": 0, "row": 0, "column": 0}
+    shown = []
+    for seed in (1, 2):
+        with TraceWriter(tmp_path / "run.kvtrace", source="synthetic", force=True) as writer:
+            write_synthetic(writer, [LayerSpec(0, 2, 1, 8, 8, 0.3)], [30], seed=seed)
+        shown.append(
+            [
+                ask(server, "/api/row", {**query, "row": 20}).content,
+                ask(server, "/api/tile", place).content,
+                ask(server, "/api/thumbnails", query).content,
+            ]
+        )
+    assert all(before != after for before, after in zip(*shown, strict=True))
+
+
 def test_a_trace_without_queries_says_so(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "e.kvtrace", source="synthetic", detail="events") as writer:
         write_synthetic(writer, [LayerSpec(0, 2, 1, 8, 8, 0.3)], [9])

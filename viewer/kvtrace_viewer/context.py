@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvtrace.trace import Trace
 from kvtrace_viewer.derived.cache import BytesCache
+from kvtrace_viewer.derived.identity import identity
 from kvtrace_viewer.derived.marks import Mark, find_marks
 from kvtrace_viewer.derived.source import LayerCache
 from kvtrace_viewer.jobs import ReplayJobs
@@ -53,7 +54,7 @@ class Context:
 
     def head_marks(self, trace: Trace, request: int, layer: int, head: int) -> list[Mark]:
         """Sinks and heavy hitters of a query head, computed once."""
-        key = (str(trace.path), trace.rows, request, layer, head)
+        key = (identity(trace), request, layer, head)
         return self.marks.get(
             key, lambda: find_marks(self.layers.head_map(trace, request, layer, head))
         )

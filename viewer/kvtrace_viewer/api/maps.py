@@ -18,6 +18,7 @@ from kvtrace_viewer.api.downloads import csv_response, file_response
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived import tiles
 from kvtrace_viewer.derived.encode import SCALES
+from kvtrace_viewer.derived.identity import identity
 from kvtrace_viewer.derived.source import HeadMap
 from kvtrace_viewer.derived.tokens import token_texts
 
@@ -47,7 +48,7 @@ def router(context: Context) -> APIRouter:
         check_scale(scale)
         opened = context.library.open(trace)
         place = (level, row, column, scale)
-        key = ("tile", str(opened.path), opened.rows, request, layer, head, *place)
+        key = ("tile", identity(opened), request, layer, head, *place)
         return _binary(
             context.tiles.get(
                 key,
@@ -59,7 +60,7 @@ def router(context: Context) -> APIRouter:
     def thumbnails(trace: str, layer: Index, request: Index = 0, scale: str = "sqrt") -> Response:
         check_scale(scale)
         opened = context.library.open(trace)
-        key = ("thumbnails", str(opened.path), opened.rows, request, layer, scale)
+        key = ("thumbnails", identity(opened), request, layer, scale)
         heads = context.layers.head_maps(opened, request, layer)
         return _binary(
             context.tiles.get(key, lambda: b"".join(tiles.thumbnail(head, scale) for head in heads))

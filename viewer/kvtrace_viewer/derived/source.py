@@ -12,6 +12,7 @@ from kvtrace.errors import InputError
 from kvtrace.model import LayerData
 from kvtrace.trace import Trace
 from kvtrace_viewer.derived.cache import BytesCache
+from kvtrace_viewer.derived.identity import identity
 
 LAYER_CACHE_BYTES = 512 * 2**20
 
@@ -85,7 +86,7 @@ class LayerCache:
         return [HeadMap(data, head) for head in range(data.spec.num_q_heads)]
 
     def _layer(self, trace: Trace, request: int, layer: int) -> LayerData:
-        key = (str(trace.path), trace.rows, request, layer)
+        key = (identity(trace), request, layer)
         return self._layers.get(key, lambda: _without_values(trace.layer_data(layer, request)))
 
 
