@@ -22,8 +22,10 @@ from kvtrace_viewer.asgi import Answer, ask
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.catalog import tables
 from kvtrace_viewer.derived.encode import encode
+from kvtrace_viewer.derived.policies import policy_help
 from kvtrace_viewer.library import TraceLibrary
 from kvtrace_viewer.pages import PAGES
+from kvtrace_viewer.replay import POLICIES
 
 PROMPT, DECODED = 60, 20
 NAME = "synthetic.kvtrace"
@@ -313,6 +315,16 @@ def test_pages_build_from_any_query(page: Any, trace: Trace, tmp_path: Path) -> 
     text = str(page.layout(Context.of(TraceLibrary(empty))))
     assert f"No traces under {empty}" in text
     assert "kvtrace demo" in text
+
+
+def test_every_policy_is_explained() -> None:
+    found = {policy.name: policy for policy in policy_help()}
+    assert list(found) == list(POLICIES)
+    assert all(policy.idea.endswith(".") for policy in found.values())
+    assert ("sinks=4", "first tokens that are never evicted (tokens)") in found[
+        "streaming_llm"
+    ].parameters
+    assert found["full"].parameters == ()
 
 
 def test_the_schema_shown_is_the_traces_own(trace: Trace) -> None:

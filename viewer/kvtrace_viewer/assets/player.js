@@ -73,41 +73,49 @@ window.kv = window.kv || {};
             context.clearRect(0, 0, width, height);
             const inset = cell >= GLYPH_CELL ? 1 : 0.5;
             const side = cell - inset;
-            const counts = { kept: 0, leaving: 0, evicted: 0, current: 0, future: 0 };
+            const states = { kept: [], leaving: [], evicted: [], current: [], future: [] };
             for (let position = 0; position < this.evictedAt.length; position += 1) {
-                const state = kv.cellState(position, this.evictedAt[position], time);
-                counts[state] += 1;
-                const x = (position % columns) * cell;
-                const y = Math.floor(position / columns) * cell;
+                states[kv.cellState(position, this.evictedAt[position], time)].push(position);
+            }
+            const place = (position) =>
+                [(position % columns) * cell, Math.floor(position / columns) * cell];
+            /* A state at a time, since changing colours costs more than filling cells. */
+            for (const [state, positions] of Object.entries(states)) {
                 context.fillStyle = colours[state];
-                context.fillRect(x, y, side, side);
-                if (cell >= GLYPH_CELL) this.drawGlyph(context, state, x, y, side, colours);
+                for (const position of positions) {
+                    const [x, y] = place(position);
+                    context.fillRect(x, y, side, side);
+                }
+                if (cell >= GLYPH_CELL) {
+                    this.drawGlyphs(context, state, positions.map(place), side, colours);
+                }
             }
             this.drawSinks(context, time, cell, columns, side, colours);
-            this.tell(time, counts, mass);
+            this.tell(time, states, mass);
         }
 
         /* Shapes say what colours say: a cross leaves, a dot is gone, a frame is the query. */
-        drawGlyph(context, state, x, y, side, colours) {
-            const middle = [x + side / 2, y + side / 2];
-            if (state === "leaving") {
-                const arm = side * 0.26;
-                context.strokeStyle = colours.ink;
-                context.lineWidth = 1.5;
-                context.beginPath();
-                context.moveTo(middle[0] - arm, middle[1] - arm);
-                context.lineTo(middle[0] + arm, middle[1] + arm);
-                context.moveTo(middle[0] + arm, middle[1] - arm);
-                context.lineTo(middle[0] - arm, middle[1] + arm);
-                context.stroke();
-            } else if (state === "evicted") {
-                context.fillStyle = colours.dot;
-                context.fillRect(middle[0] - 1, middle[1] - 1, 2, 2);
-            } else if (state === "current") {
-                context.strokeStyle = colours.frame;
-                context.lineWidth = 2;
-                context.strokeRect(x + 1, y + 1, side - 2, side - 2);
+        drawGlyphs(context, state, places, side, colours) {
+            context.beginPath();
+            for (const [x, y] of places) {
+                const [left, top] = [x + side / 2, y + side / 2];
+                if (state === "evicted") {
+                    context.rect(left - 1, top - 1, 2, 2);
+                } else if (state === "leaving") {
+                    const arm = side * 0.26;
+                    context.moveTo(left - arm, top - arm);
+                    context.lineTo(left + arm, top + arm);
+                    context.moveTo(left + arm, top - arm);
+                    context.lineTo(left - arm, top + arm);
+                } else if (state === "current") {
+                    context.rect(x + 1, y + 1, side - 2, side - 2);
+                }
             }
+            context.fillStyle = colours.dot;
+            context.strokeStyle = state === "current" ? colours.frame : colours.ink;
+            context.lineWidth = state === "current" ? 2 : 1.5;
+            if (state === "evicted") context.fill();
+            else context.stroke();
         }
 
         drawSinks(context, time, cell, columns, side, colours) {
@@ -129,14 +137,14 @@ window.kv = window.kv || {};
             }
         }
 
-        tell(time, counts, mass) {
-            const kept = counts.kept + counts.current;
+        tell(time, states, mass) {
+            const kept = states.kept.length + states.current.length;
             const present = time + 1;
             this.root.dataset.kept = kept;
-            this.root.dataset.leaving = counts.leaving;
+            this.root.dataset.leaving = states.leaving.length;
             const facts = [
                 ["kept", `${kv.count(kept)} of ${kv.count(present)}`],
-                ["leaving now", kv.count(counts.leaving)],
+                ["leaving now", kv.count(states.leaving.length)],
                 ["mass here", mass === null || mass === undefined ? "–" : mass.toFixed(4)],
             ];
             this.facts.replaceChildren(...facts.map(([name, value]) => {

@@ -23,6 +23,7 @@ from kvtrace_viewer.components import (
     status_line,
 )
 from kvtrace_viewer.context import Context
+from kvtrace_viewer.derived.policies import PolicyHelp, policy_help
 from kvtrace_viewer.derived.results import replay_rows
 from kvtrace_viewer.figures.graph import graph
 from kvtrace_viewer.figures.retained_mass import retained_mass
@@ -196,7 +197,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
 def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows by budget as first met, and within it as the policies are listed."""
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    policies = policy_names()
+    policies = [policy.name for policy in policy_help()]
 
     def place(row: dict[str, Any]) -> tuple[int, int]:
         name = row["policy"].partition(":")[0]
@@ -279,13 +280,14 @@ def table(rows: list[dict[str, Any]]) -> Component:
 
 def runner() -> Component:
     """The form that computes new replays."""
+    policies = policy_help()
     form = html.Div(
         [
             field(
                 "Policies",
                 dmc.TagsInput(
                     id="replay-policies",
-                    data=policy_names(),
+                    data=[policy.name for policy in policies],
                     value=[],
                     size="xs",
                     splitChars=[" "],
@@ -316,12 +318,23 @@ def runner() -> Component:
         id="replay-run-progress",
         className="kv-progress",
     )
-    return panel("Replay other policies", [form, progress, status_line("replay-run-status")])
+    return panel(
+        "Replay other policies",
+        [form, progress, status_line("replay-run-status"), policy_list(policies)],
+    )
 
 
-def policy_names() -> list[str]:
-    """Names of the policies installed, the simplest first."""
-    # Imported here because it pulls in numba, which takes a second the first time.
-    from kvtrace_viewer.replay import POLICIES
-
-    return list(POLICIES)
+def policy_list(policies: list[PolicyHelp]) -> Component:
+    """What each policy does and takes, folded."""
+    rows: list[Component] = []
+    for policy in policies:
+        taken = [html.Code(text, title=meaning) for text, meaning in policy.parameters]
+        rows += [html.Dt(html.Code(policy.name)), html.Dd([html.Span(policy.idea), *taken])]
+    note = html.P(
+        "Parameters follow a colon: h2o:recent=25%,sinks=4. Every policy takes sinks= and recent=, "
+        "the first and last tokens that are never evicted.",
+        className="kv-note",
+    )
+    return html.Details(
+        [html.Summary("What the policies do"), note, html.Dl(rows)], className="kv-policies"
+    )
