@@ -11,7 +11,7 @@ import pytest
 import kvtrace
 from kvtrace.cli import main
 from kvtrace.errors import InputError
-from kvtrace.testing import SyntheticTrace
+from kvtrace.testing import SyntheticTrace, write_synthetic
 from kvtrace.writer import LayerSpec, TraceWriter
 from kvtrace_viewer.replay import POLICIES, replay, replayable
 
@@ -199,3 +199,27 @@ def test_replayable_lists_every_policy(synthetic_trace: SyntheticTrace) -> None:
     rows = replayable(synthetic_trace())
     assert [row["policy"] for row in rows] == list(POLICIES)
     assert {row["policy"]: row["exactness"] for row in rows}["streaming_llm"] == "E0"
+
+
+def test_an_open_trace_is_replayed_as_far_as_it_has_come(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "open.kvtrace", source="synthetic", dtype="float32")
+    write_synthetic(writer, [LayerSpec(0, 4, 2, 16, 16, 0.25)], [30, 1, 1])
+    trace = kvtrace.open(tmp_path / "open.kvtrace")
+    assert trace.status == "recording"
+    result = replay(trace, ["lru"], ["50%"], when="step")[0]
+    assert (result.tokens, result.measured_rows) == (32, 2)
+    assert trace.replays()["replay"].to_pylist() == ["lru-50pct-step"]
+    writer.close()
+
+
+def test_without_values_output_error_is_null_and_policies_that_need_them_are_refused(
+    tmp_path: Path,
+) -> None:
+    with TraceWriter(tmp_path / "qk.kvtrace", source="synthetic", detail="qk") as writer:
+        write_synthetic(writer, [LayerSpec(0, 4, 2, 16, 16, 0.25)], DECODED)
+    trace = kvtrace.open(tmp_path / "qk.kvtrace")
+    result = replay(trace, ["h2o"], ["25%"], when="step")[0]
+    assert result.to_json()["output_error"] is None
+    assert result.retained_mass is not None
+    with pytest.raises(InputError, match="lagkv cannot be replayed.*lacks v"):
+        replay(trace, ["lagkv"], ["25%"])
