@@ -221,5 +221,5 @@ def test_without_values_output_error_is_null_and_policies_that_need_them_are_ref
     result = replay(trace, ["h2o"], ["25%"], when="step")[0]
     assert result.to_json()["output_error"] is None
     assert result.retained_mass is not None
-    with pytest.raises(InputError, match="lagkv cannot be replayed.*lacks v"):
+    with pytest.raises(InputError, match=r"lagkv cannot be replayed.*lacks v"):
         replay(trace, ["lagkv"], ["25%"])
