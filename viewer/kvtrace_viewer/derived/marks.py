@@ -59,19 +59,18 @@ class KeySums:
 def find_marks(source: WeightSource) -> list[Mark]:
     """Find the sinks and heavy hitters of a head, strongest first in each kind.
 
-    The distance is a quarter of a request shorter than four times 64 tokens; a key is judged when
-    at least as many queries saw it from further away. The map is read a block of rows at a time
-    and only sums per key are kept.
+    The distance is a quarter of a request shorter than four times 64 tokens. The map is read a
+    block of rows at a time and only sums per key are kept.
     """
     distance = min(SINK_DISTANCE, source.num_tokens // 4)
     sums = key_sums(source, distance)
-    judged = sums.far_queries >= max(distance, 1)
-    share = np.divide(sums.far, sums.far_queries, out=np.zeros_like(sums.far), where=judged)
+    seen_from_far = sums.far_queries > 0
+    share = np.divide(sums.far, sums.far_queries, out=np.zeros_like(sums.far), where=seen_from_far)
     ratio = np.divide(
         sums.received, sums.uniform, out=np.zeros_like(sums.far), where=sums.uniform > 0
     )
-    is_sink = judged & (share >= SINK_SHARE) & _still_seen(source)
-    is_heavy = judged & (ratio >= HEAVY_FACTOR) & ~is_sink
+    is_sink = (share >= SINK_SHARE) & _still_seen(source)
+    is_heavy = (ratio >= HEAVY_FACTOR) & ~is_sink
     return _strongest("sink", is_sink, share) + _strongest("heavy", is_heavy, ratio)
 
 

@@ -41,9 +41,8 @@ POOLS = (("max", "Max"), ("mean", "Mean"))
 
 MARK_RULES = (
     f"Sink: mean attention of at least {SINK_SHARE:g} from the queries more than {SINK_DISTANCE} "
-    f"tokens later. Heavy hitter: not a sink, and received at least {HEAVY_FACTOR:g} times "
-    f"what uniform attention would give it. Keys seen by fewer than {SINK_DISTANCE} queries that "
-    "much later are not judged; in a request under 256 tokens both numbers are a quarter of it."
+    "tokens later (a quarter of a request under 256 tokens). Heavy hitter: not a sink, and "
+    f"received at least {HEAVY_FACTOR:g} times what uniform attention would give it."
 )
 
 

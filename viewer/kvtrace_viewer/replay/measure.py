@@ -39,9 +39,7 @@ class Measures:
         A query needs a key that gets at least this many uniform shares 1/(i+1).
     sink_share : float
         A key is a sink in a query head when its mean attention over the queries more than
-        `sink_distance` positions later (that can see it) is at least this. At least
-        `sink_distance` such queries are asked for: the mean of a handful makes sinks of
-        whatever stands near the end.
+        `sink_distance` positions later (that can see it) is at least this.
     sink_distance : int
         In positions; a quarter of the request where that is less.
     output_rows : int
@@ -127,9 +125,7 @@ class HeadMeasures:
         first = np.minimum(np.arange(tokens) + self.sink_distance + 1, tokens)
         last = np.minimum(np.arange(tokens) + (self.head.window or tokens), tokens)
         count = np.maximum(queries[last] - queries[first], 0)
-        seen = (count >= max(self.sink_distance, 1)) & (
-            left_window(tokens, self.head.window) == NEVER
-        )
+        seen = (count > 0) & (left_window(tokens, self.head.window) == NEVER)
         mean = self.far / np.maximum(count, 1)
         found: NDArray[np.bool_] = seen & (mean >= self.options.sink_share)
         return found
