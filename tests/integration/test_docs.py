@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 
 from kvtrace_recorder import demo
+from kvtrace_viewer.replay import POLICIES
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,3 +70,18 @@ def test_local_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_policy_and_its_parameters_are_documented() -> None:
+    page = (ROOT / "docs/policies.md").read_text(encoding="utf-8")
+    for name, policy in POLICIES.items():
+        (line,) = [row for row in page.splitlines() if row.startswith(f"| `{name}` |")]
+        assert policy.default_when in line
+        for parameter, value in policy().parameters().items():
+            if parameter not in ("sinks", "recent"):
+                assert f"`{parameter}={str(value).lower()}`" in line
+
+
+def test_every_verb_is_documented() -> None:
+    for point in entry_points(group="kvtrace.commands"):
+        assert re.search(rf"(kvtrace|make) {point.name}\b", README), point.name
