@@ -92,10 +92,16 @@ def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
 
 
 def striking_head(trace: kvtrace.Trace) -> tuple[int, int, int]:
-    """Layer, head and key of the strongest sink, or else of the strongest heavy hitter."""
-    cache = LayerCache()
+    """Layer, head and key of the sink, or else heavy hitter, that was read strongest for long."""
+    cache, last = LayerCache(), trace.rows - 1
     found = [
-        (mark.kind == "sink", mark.strength, spec.layer, head, mark.position)
+        (
+            mark.kind == "sink",
+            mark.strength * (last - mark.position),
+            spec.layer,
+            head,
+            mark.position,
+        )
         for spec in trace.layers
         for head in range(spec.num_q_heads)
         for mark in find_marks(cache.head_map(trace, 0, spec.layer, head))
