@@ -34,7 +34,12 @@ def build(trace: Path) -> None:
     final = trace / DATABASE
     temporary = final.with_name(f".{DATABASE}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    with duckdb.connect(str(temporary)) as connection:
+    with duckdb.connect() as connection:
+        # Small blocks: a table takes whole blocks, and a short trace would be mostly air. The old
+        # storage version lets clients of DuckDB 1.x open the file too.
+        path = str(temporary).replace("'", "''")
+        connection.execute(f"attach '{path}' as built (block_size 16384, storage_version 'v1.0.0')")
+        connection.execute("use built")
         connection.execute(tables.ddl())
         for name, files in _segments(trace).items():
             if files:

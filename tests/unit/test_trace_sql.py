@@ -44,6 +44,8 @@ def test_the_database_is_a_plain_duckdb_file_with_comments(
             "select comment from duckdb_tables() where table_name = 'gaps'"
         ).fetchall()[0]
     assert "does not hold" in comment
+    # DuckDB's default blocks of 256 KiB made a trace of a few tokens 2.7 MB.
+    assert (trace.path / "trace.duckdb").stat().st_size < 1_000_000
 
 
 def test_a_deleted_or_stale_database_is_built_again(synthetic_trace: SyntheticTrace) -> None:
