@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 import kvtrace
-from kvtrace import attention
 from kvtrace.model import Layer, LayerData, Request
+from kvtrace.testing import log_sum_exp
 from kvtrace_viewer.replay import POLICIES, Head, Measures, parse_budget, parse_policy, parse_when
 from kvtrace_viewer.replay.engine import Run, blocks, replay_layer, workers
 from kvtrace_viewer.replay.run import heads_of
@@ -51,7 +51,7 @@ def random_weights_heads(tokens: int) -> list[Head]:
         q, k, v = (torch.nn.Linear(256, width)(hidden).numpy() for width in (256, 64, 64))
     q, k, v = (x.reshape(tokens, -1, 32) for x in (3 * q, k, v))
     spec = Layer(0, 0, "full", 8, 2, 32, 32, 32**-0.5, None, None, False, None, 0, 0)
-    data = LayerData(spec, q, k, v, attention.log_sum_exp(q, k, spec))
+    data = LayerData(spec, q, k, v, log_sum_exp(q, k, spec))
     return heads_of(data, Request(0, 0, tokens, tokens // 2, None, None, 0), 1)
 
 

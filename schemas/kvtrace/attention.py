@@ -76,38 +76,3 @@ def weights(
         found = np.exp(scores(q, k, layer) - lse[:, None])
     found[~visible(rows, keys, layer)] = 0
     return found
-
-
-def log_sum_exp(q: Float, k: Float, layer: Layer, block: int = 256) -> Float:
-    """Log-sum-exp of every row of causal self-attention over all tokens.
-
-    Parameters
-    ----------
-    q : numpy.ndarray
-        [token, q_head, head_dim], float32 or wider.
-    k : numpy.ndarray
-        [token, kv_head, head_dim].
-    layer : Layer
-        Gives scale, softcap, window.
-    block : int
-        Rows at a time: memory is block x token, never token x token.
-
-    Returns
-    -------
-    numpy.ndarray
-        [token, q_head] float32.
-    """
-    tokens, q_heads, _ = q.shape
-    group = q_heads // k.shape[1]
-    positions = np.arange(tokens)
-    found = np.empty((tokens, q_heads), np.float32)
-    for start in range(0, tokens, block):
-        stop = min(start + block, tokens)
-        last = tokens if layer.attention_kind == "bidirectional" else stop
-        hidden = ~visible(positions[start:stop], positions[:last], layer)
-        for head in range(q_heads):
-            row = scores(q[start:stop, head], k[:last, head // group], layer)
-            row[hidden] = -np.inf
-            top = row.max(axis=1)
-            found[start:stop, head] = top + np.log(np.exp(row - top[:, None]).sum(axis=1))
-    return found

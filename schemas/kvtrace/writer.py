@@ -308,6 +308,28 @@ class TraceWriter:
                 self._store.pad(array_name(kind, lane.group), lane.index, self.rows)
 
 
+def check_new_path(path: Path, *, force: bool) -> None:
+    """Refuse a path where no trace may be made; for callers with slow work before the writing.
+
+    Raises
+    ------
+    TraceError
+        Where `path` is something else than a trace or an empty directory, or is a trace and
+        `force` is not given.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not is_trace(path):
+        raise TraceError(
+            f"{path} exists and is not a trace; a new path was expected; choose another --out"
+        )
+    if not force:
+        raise TraceError(
+            f"{path} exists; a new path was expected; choose another --out,"
+            " or --force to replace it"
+        )
+
+
 def directory_bytes(path: Path) -> int:
     """Bytes of all files under a directory; files that vanish meanwhile do not count."""
     total = 0
@@ -326,20 +348,10 @@ def _check_choice(what: str, found: str, choices: Any) -> None:
 
 
 def _make_directory(path: Path, *, force: bool) -> None:
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if path.exists():
-        if not is_trace(path):
-            raise TraceError(
-                f"{path} exists and is not a trace; a new path was expected; choose another --out"
-            )
-        if not force:
-            raise TraceError(
-                f"{path} exists; a new path was expected; choose another --out,"
-                " or --force to replace it"
-            )
+    check_new_path(path, force=force)
+    if is_trace(path):
         shutil.rmtree(path)
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _run_row(

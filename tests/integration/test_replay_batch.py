@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import kvtrace
-from kvtrace import Trace, attention
+from kvtrace import Trace
 from kvtrace.cli import main
 from kvtrace.errors import InputError
 from kvtrace.model import Layer
+from kvtrace.testing import log_sum_exp
 from kvtrace.writer import LayerSpec, TraceWriter
 from kvtrace_viewer.replay import replay
 
@@ -43,7 +44,7 @@ def make_request(request: int) -> dict[str, np.ndarray]:
     shapes = {"q": (tokens, 4, 8), "k": (tokens, 2, 8), "v": (tokens, 2, 8)}
     found = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     layer = Layer(model=0, array_group=0, array_index=0, **vars(SPEC))
-    return {**found, "lse": attention.log_sum_exp(found["q"], found["k"], layer)}
+    return {**found, "lse": log_sum_exp(found["q"], found["k"], layer)}
 
 
 def write_step(

@@ -10,7 +10,7 @@ import pytest
 
 import kvtrace
 import kvtrace.cli
-from kvtrace.attention import log_sum_exp
+from kvtrace.testing import log_sum_exp
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "kvpress_a.npz"
 

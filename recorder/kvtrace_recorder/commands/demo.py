@@ -30,9 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-view", action="store_true", help="stop after the table")
     parser.add_argument("--host", default="127.0.0.1", help="of the viewer (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8050, help="of the viewer (default: 8050)")
-    parser.add_argument(
-        "--force", action="store_true", help="accepted and not needed: a demo trace is replaced"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from kvtrace.errors import InputError
-from kvtrace_recorder.commands.options import add_recording_options, refuse_existing
+from kvtrace.writer import check_new_path
+from kvtrace_recorder.commands.options import add_recording_options
 from kvtrace_recorder.commands.summary import quiet, summary
 
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         )
     name = Path(args.model).name
     out = Path(args.out or f"traces/{name}-{time.strftime('%Y%m%d-%H%M%S')}.kvtrace")
-    refuse_existing(out, force=args.force)
+    check_new_path(out, force=args.force)
     model, tokenizer = _load(args.model, args.attention)
     texts = _generate(model, tokenizer, prompts, args, out)
     for number, text in enumerate(texts, start=1):

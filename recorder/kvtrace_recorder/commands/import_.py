@@ -15,7 +15,8 @@ import importlib
 import sys
 from pathlib import Path
 
-from kvtrace_recorder.commands.options import add_force, refuse_existing
+from kvtrace.writer import check_new_path
+from kvtrace_recorder.commands.options import add_force
 from kvtrace_recorder.commands.summary import summary
 from kvtrace_recorder.importers import FORMATS
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Import."""
     out = Path(args.out)
-    refuse_existing(out, force=args.force)
+    check_new_path(out, force=args.force)
     importer = importlib.import_module(FORMATS[args.format])
     command = ["kvtrace", "import", args.format, args.file]
     importer.import_file(Path(args.file), out, force=args.force, command=command)

@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kvtrace.writer import check_new_path
 from kvtrace_recorder.child import run_command
-from kvtrace_recorder.commands.options import add_recording_options, refuse_existing
+from kvtrace_recorder.commands.options import add_recording_options
 from kvtrace_recorder.commands.summary import summary
 from kvtrace_recorder.launch import parse_program, run_program
 from kvtrace_recorder.session.recording import record
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         "on_full": args.on_full,
         "command": ["kvtrace", "record", "--", *words],
     }
-    refuse_existing(out, force=args.force)
+    check_new_path(out, force=args.force)
     if program is None:
         status = run_command(words, {"path": str(out), **options})
     else:

@@ -21,9 +21,10 @@ from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
 from kvtrace_recorder.session.step import ActiveStep
+from kvtrace_recorder.taps.call import parse_call
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
 from kvtrace_recorder.taps.masks import token_mask
-from kvtrace_recorder.taps.operands import collect_rows, parse_call, take_rows
+from kvtrace_recorder.taps.operands import collect_rows, take_rows
 
 
 class Session:

@@ -13,7 +13,7 @@ from kvtrace_recorder.taps.guard import UnrecordableError
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.step import ActiveStep
-    from kvtrace_recorder.taps.operands import Call
+    from kvtrace_recorder.taps.call import Call
 
 Bools = NDArray[np.bool_]
 #: A decode step's mask is looked at once in so many steps.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,51 +12,16 @@ from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import Array, LayerRows
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.step import ActiveStep, Taken
+from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.guard import UnrecordableError
 from kvtrace_recorder.taps.masks import check_mask
 
-_NAMES = ("module", "query", "key", "value", "attention_mask")
 #: Asking an abstract class costs more than the rest of the look-up: once a type.
 _FORMS: dict[type, str] = {}
 #: Steps with more rows than this are copied layer by layer, so that they do not pile up.
 DEFERRED_ROWS = 64
 _IN_NUMPY = (torch.float16, torch.float32)
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
-@dataclass(slots=True)
-class Call:
-    """An attention call.
-
-    Attributes
-    ----------
-    module : torch.nn.Module
-        The attention layer.
-    q, k, v : torch.Tensor
-        [batch, q_head, query, head_dim], [batch, kv_head, key, head_dim or value_dim].
-    mask : torch.Tensor or None
-        Whatever the kernel takes.
-    extra : dict
-        scaling, sliding_window, softcap, s_aux and the rest.
-    """
-
-    module: Any
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    mask: Any
-    extra: dict[str, Any]
-
-
-def parse_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Name the operands of an attention function's call."""
-    if len(args) == len(_NAMES):
-        # How every model of transformers calls it; this runs once a layer and step.
-        module, q, k, v, mask = args
-        return Call(module, q, k, v, mask, kwargs)
-    named: dict[str, Any] = dict(zip(_NAMES, args, strict=False)) | kwargs
-    mask = named.get("attention_mask")
-    return Call(named["module"], named["query"], named["key"], named["value"], mask, named)
 
 
 def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) -> None:
