@@ -25,7 +25,7 @@ TINY = LlamaConfig(
 
 def tiny_run(out: Path) -> Training:
     stream = np.tile(np.arange(1, 64, dtype=np.uint16), 200)  # synthetic text
-    recipe = Recipe(batch_tokens=1024, medium_from=0.3, long_from=1.1, warmup_steps=3)
+    recipe = Recipe(batch_tokens=1024, medium_from=0.3, long_from=2, longest_from=2, warmup_steps=3)
     return Training(TINY, stream, stream, out, recipe, Budget(steps=12), torch.device("cpu"))
 
 

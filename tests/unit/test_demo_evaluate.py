@@ -15,11 +15,13 @@ from kvtrace_recorder.demo.card import render, table, verdict
 from kvtrace_recorder.demo.evaluate import (
     BUCKETS,
     FIRST_QUERY,
+    SHORT,
     attention_profile,
     attentions,
     history,
     loss_by_position,
     losses,
+    short_context,
     windows,
 )
 
@@ -65,6 +67,15 @@ def test_buckets_hold_the_positions_they_name() -> None:
         assert value == pytest.approx((low + high) / 2)
 
 
+def test_short_windows_hold_the_same_tokens() -> None:
+    ids = torch.arange(1, 2 * SHORT + 2).repeat(2, 1)
+    ids[:, 0] = 0
+    cut = short_context(ids)
+    assert cut.shape == (4, SHORT + 1)
+    assert (cut[:, 0] == 0).all()
+    assert torch.equal(cut[:, 1:].reshape(2, -1), ids[:, 1:])
+
+
 def test_the_profile_is_the_mean_over_late_queries(tiny: LlamaForCausalLM) -> None:
     ids = torch.randint(0, 32, (2, FIRST_QUERY + 36))
     weights = torch.stack(list(attentions(tiny, ids)))
@@ -85,6 +96,7 @@ def evaluation(bos: float) -> dict[str, Any]:
         "loss": 4.0,
         "loss_4096": 4.1,
         "loss_by_position": {"1-63": 4.5, "64-255": 4.0},
+        "loss_by_position_short": {"1-63": 4.5, "64-255": 4.2},
         "attention": {"bos": heads, "previous": heads, "top": heads},
         "copying": {"induction": heads, "first": 4.0, "second": 3.5},
         "read": [("\n", 0.1, 0.05)],

@@ -29,8 +29,10 @@ FIRST_QUERY = 64
 """Queries before this position have too few keys to say much about where attention goes."""
 ATTENTION_LENGTH = 1024
 TOP_SHARE = 0.05
-BUCKETS = (1, 64, 256, 512, 1024, 2048, 3072, 4096)
-"""Edges of the position buckets of the loss."""
+BUCKETS = (1, 64, 256, 512, 1024, 2048, 3072, 4097)
+"""Edges of the position buckets of the loss; the last position is 4096."""
+SHORT = 512
+"""Window length that the long one is compared with; it divides 4096."""
 COPY_LENGTH = 256
 
 
@@ -46,7 +48,7 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     """Loss in nats of predicting each token but the first, ``[window, token - 1]``."""
     rows = []
     for row in ids:
-        logits = model(input_ids=row[None], use_cache=False).logits[0, :-1]
+        logits = model(input_ids=row[None, :-1], use_cache=False).logits[0]
         rows.append(torch.nn.functional.cross_entropy(logits, row[1:], reduction="none"))
     return torch.stack(rows)
 
@@ -57,6 +59,16 @@ def loss_by_position(nats: torch.Tensor) -> dict[str, float]:
         f"{low}-{high - 1}": float(nats[:, low - 1 : high - 1].mean())
         for low, high in pairwise(BUCKETS)
     }
+
+
+def short_context(ids: torch.Tensor) -> torch.Tensor:
+    """The same text ``[window, 1 + n * SHORT]`` cut into windows of `SHORT`, each behind BOS.
+
+    Texts differ in difficulty more than positions do: only the same tokens, predicted once with all
+    of the window before them and once with little, tell whether far positions are of use.
+    """
+    text = ids[:, 1:].reshape(-1, SHORT)
+    return torch.cat([ids[:1, :1].expand(len(text), 1), text], dim=1)
 
 
 @torch.no_grad()
@@ -140,14 +152,18 @@ def evaluate(work: Path, model_dir: Path, count: int) -> dict[str, Any]:
     stream = np.load(work / "heldout.npy", mmap_mode="r")
     model = LlamaForCausalLM.from_pretrained(model_dir)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    long = losses(model, windows(stream, BUCKETS[-1], count))
+    ids = windows(stream, BUCKETS[-1], 2 * count)
+    long = losses(model, ids)
+    short = losses(model, short_context(ids)).view(long.shape)
     result = measure(model, stream, count)
     read = result["attention"]["read"]
     state = torch.load(work / "run" / "state.pt", weights_only=True, mmap=True)
     steps, tokens, seconds = state["clock"]
     return result | {
+        "loss": float(short.mean()),
         "loss_4096": float(long.mean()),
         "loss_by_position": loss_by_position(long),
+        "loss_by_position_short": loss_by_position(short),
         "read": [(tokenizer.decode([t]), share, keys) for t, share, keys in read],
         "parameters": model.num_parameters(),
         "tokens_seen": tokens,

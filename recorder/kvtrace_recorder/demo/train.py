@@ -48,7 +48,8 @@ class Recipe:
     clip: float = 1.0
     batch_tokens: int = 4096
     medium_from: float = 0.6
-    long_from: float = 0.85
+    long_from: float = 0.8
+    longest_from: float = 0.9
     seed: int = 20
 
     def rate(self, step: int, progress: float) -> float:
@@ -57,13 +58,10 @@ class Recipe:
         left = min(1.0, max(0.0, 1.0 - progress) / self.decay_share)
         return self.learning_rate * warm * left
 
-    def length(self, step: int, progress: float) -> int:
-        """Window length at a step; the long part alternates between 2048 and 4096."""
-        if progress < self.medium_from:
-            return 512
-        if progress < self.long_from:
-            return 1024
-        return 2048 if step % 2 else 4096
+    def length(self, progress: float) -> int:
+        """Window length when `progress` (0 to 1) of the budget is used."""
+        steps = {0.0: 512, self.medium_from: 1024, self.long_from: 2048, self.longest_from: 4096}
+        return [length for start, length in steps.items() if progress >= start][-1]
 
 
 @dataclass(frozen=True)
@@ -200,6 +198,8 @@ class Training:
             if self.stopping or self.step == stop_at_step:
                 break
         self.save()
+        if self.budget.progress(self.step, self.seconds) >= 1.0:
+            self.snapshot()
 
     def stop(self, *_: object) -> None:
         """Finish the step at hand, checkpoint and return from `run`; a signal handler."""
@@ -208,7 +208,7 @@ class Training:
     def _train_step(self, progress: float) -> torch.Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.step, progress)
-        inputs, targets = self.windows.next(self.recipe.length(self.step, progress))
+        inputs, targets = self.windows.next(self.recipe.length(progress))
         loss = self._train_loss(inputs.to(self.device), targets.to(self.device))
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
