@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from kvtrace_recorder import demo
 
 MAX_BYTES = 12_000_000
-PROMPT_LOSS_BOUND = 5.0
+PROMPT_LOSS_BOUND = 4.6
 """Nats; guessing costs log(4096) = 8.3, knowing only how common each token is about 6.3."""
 
 

@@ -137,3 +137,11 @@ def test_the_history_is_thinned_and_keeps_the_end(tmp_path: Path) -> None:
 
 def test_tables_are_percentages_by_layer_and_head() -> None:
     assert table([[0.5, 0.25]]).splitlines()[-1] == "| 0 | 50.0 | 25.0 |"
+
+
+def test_the_card_admits_when_far_positions_cost_more() -> None:
+    found = evaluation(0.1)
+    assert "Long contexts: yes" in verdict(found)
+    found["loss_by_position"]["64-255"] = 4.5
+    assert "Long contexts: not to the end" in verdict(found)
+    assert "costs 0.30 nats more" in verdict(found)

@@ -7,8 +7,8 @@
 The objective is next-token prediction on every token and nothing else. The run checkpoints itself
 every few minutes and continues from there when started again with the same ``--work``. The
 learning rate warms up, stays, and falls linearly to zero over the last part of the budget, so any
-budget ends in a finished model. Windows grow with the budget: 512 tokens, then 1024, then 2048 and
-4096. ``OMP_WAIT_POLICY=passive`` in the environment helps on a shared CPU.
+budget ends in a finished model. Windows grow with the budget: 512 tokens, 1024, 2048 and 4096.
+``OMP_WAIT_POLICY=passive`` in the environment helps on a shared CPU.
 """
 
 from __future__ import annotations
