@@ -49,7 +49,7 @@ def test_generate_records_a_batch_of_prompts(
     assert [r.tokens for r in trace.requests()] == [n + 4 for n in lengths]
     texts = trace.tokens(1)["text"].to_pylist()[1:]
     assert "".join(texts).startswith(long)
-    assert trace.table("models")["name"].to_pylist() == ["demo/model"]
+    assert trace.table("models")["name"].to_pylist() == ["demo/kvtrace-demo"]
     assert generate("demo", *prompts, "--out", out) == 1
     assert "--force" in capsys.readouterr().err
 

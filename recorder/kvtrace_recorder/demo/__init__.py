@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODEL_DIR = Path(__file__).parent / "model"
+MODEL_DIR = Path(__file__).parent / "kvtrace-demo"
 """Directory of the bundled model, for ``from_pretrained``."""
 
 PROMPT = (Path(__file__).parent / "prompt.txt").read_text(encoding="utf-8")
