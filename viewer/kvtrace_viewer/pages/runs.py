@@ -23,15 +23,15 @@ COLUMNS = [
     text_column("name", "Trace", flex=2, minWidth=180, cellRenderer="KvTraceLink", pinned="left"),
     text_column("status", "Status", width=125, cellRenderer="KvStatus"),
     text_column("model", "Model", flex=2, minWidth=150, tooltipField="model"),
-    text_column("source", "Source", width=100),
+    text_column("source", "Source", width=95),
     number_column("layers", "Layers", width=80),
     text_column("heads", "Q / KV heads", width=115, type="rightAligned"),
-    number_column("requests", "Requests", width=100),
-    number_column("tokens", "Tokens", width=100),
-    number_column("rows", "Rows", width=90),
-    number_column("bytes", "Size", width=100, valueFormatter={"function": "kvBytes(params.value)"}),
-    number_column("replays", "Replays", width=90),
-    text_column("recorded", "Recorded", width=180),
+    number_column("requests", "Requests", width=95),
+    number_column("tokens", "Tokens", width=90),
+    number_column("rows", "Rows", width=80),
+    number_column("bytes", "Size", width=95, valueFormatter={"function": "kvBytes(params.value)"}),
+    number_column("replays", "Replays", width=85),
+    text_column("recorded", "Recorded", width=160),
 ]
 
 
