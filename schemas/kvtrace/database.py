@@ -8,6 +8,7 @@ out, so it is made beside its place and renamed.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,7 +33,9 @@ def replay_stores(trace: Path) -> list[StoreReader]:
 def build(trace: Path) -> None:
     """Make `trace.duckdb` from the committed segments."""
     final = trace / DATABASE
-    temporary = final.with_name(f".{DATABASE}.{os.getpid()}")
+    # Threads of a viewer may all find it stale at once: each makes its own.
+    temporary = final.with_name(f".{DATABASE}.{os.getpid()}.{threading.get_ident()}")
+    made_from = _changed_ns(trace)
     temporary.unlink(missing_ok=True)
     with duckdb.connect() as connection:
         # Small blocks: a table takes whole blocks, and a short trace would be mostly air. The old
@@ -44,17 +47,23 @@ def build(trace: Path) -> None:
         for name, files in _segments(trace).items():
             if files:
                 connection.execute(f"insert into {name} by name {_scan(files)}")
+    # Dated by what it was made from, not by when: what came during the build makes it stale.
+    os.utime(temporary, ns=(made_from, made_from))
     temporary.replace(final)
 
 
 def is_fresh(trace: Path) -> bool:
     """Whether `trace.duckdb` is there and nothing it was made from is newer."""
     try:
-        built = (trace / DATABASE).stat().st_mtime_ns
+        return (trace / DATABASE).stat().st_mtime_ns >= _changed_ns(trace)
     except FileNotFoundError:
         return False
+
+
+def _changed_ns(trace: Path) -> int:
+    """When the recording or the set of its replays last changed."""
     sources = [trace / REPLAYS, *trace.glob(f"rank-*/{JOURNAL}")]
-    return all(path.stat().st_mtime_ns <= built for path in sources if path.exists())
+    return max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)
 
 
 def create_views(connection: duckdb.DuckDBPyConnection, trace: Path) -> None:
