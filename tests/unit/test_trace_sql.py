@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import duckdb
@@ -9,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import kvtrace
-from kvtrace import QueryError, tables
+from kvtrace import QueryError, database, tables
 from kvtrace.cli import main
 from kvtrace.testing import SyntheticTrace, write_synthetic
 from kvtrace.writer import LayerSpec, TraceWriter
@@ -148,3 +151,69 @@ def test_parquet_goes_to_a_file(synthetic_trace: SyntheticTrace, tmp_path: Path)
     assert main(arguments) == 1
     assert main([*arguments, "--out", str(out)]) == 0
     assert pq.read_table(out).to_pylist() == [{"x": 7}]
+
+
+def test_what_changes_while_the_database_is_built_makes_it_stale(
+    synthetic_trace: SyntheticTrace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A replay published behind the build's back was invisible to SQL for good.
+    trace = synthetic_trace()
+    listed = database._segments
+
+    def publish_after_listing(path: Path) -> dict[str, list[Path]]:
+        found = listed(path)
+        replays = path / "replays"
+        replays.mkdir(exist_ok=True)
+        now = time.time_ns()
+        os.utime(replays, ns=(now, now))
+        return found
+
+    monkeypatch.setattr(database, "_segments", publish_after_listing)
+    database.build(trace.path)
+    assert not database.is_fresh(trace.path)
+    monkeypatch.undo()
+    database.build(trace.path)
+    assert database.is_fresh(trace.path)
+
+
+def test_json_stays_json_where_a_number_is_none(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = synthetic_trace()
+    query = "select 'nan'::double as x, 'inf'::float as y, [1.5, 'nan'::double] as z, 2 as n"
+    assert main(["sql", str(trace.path), query, "--format", "json"]) == 0
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found == [{"x": None, "y": None, "z": [1.5, None], "n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("a.json", '[{"x"'), ("a.csv", "x\n7"), ("a", "x\n7")]
+)
+def test_the_files_name_chooses_the_form(
+    synthetic_trace: SyntheticTrace, tmp_path: Path, name: str, begins: str
+) -> None:
+    out = tmp_path / name
+    assert main(["sql", str(synthetic_trace().path), "select 7 as x", "--out", str(out)]) == 0
+    assert out.read_text().startswith(begins)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    synthetic_trace: SyntheticTrace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "missing/a.csv"
+    assert main(["sql", str(synthetic_trace().path), "select 7 as x", "--out", str(out)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_threads_that_build_at_once_do_not_meet(synthetic_trace: SyntheticTrace) -> None:
+    trace = synthetic_trace()
+    (trace.path / "trace.duckdb").unlink()
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(
+            lambda _: trace.sql("select count(*) as n from rows").to_pylist(), range(8)
+        )
+    assert list(found) == [[{"n": 43}]] * 8

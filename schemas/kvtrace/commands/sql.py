@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=("table", "json", "csv", "parquet"),
-        default="table",
-        help="default: table",
+        help="default: table, or what the name of --out says",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write there instead of printing")
     parser.add_argument(
@@ -46,26 +46,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print or write the result."""
+    form = args.format or _form_of(args.out)
+    if args.out is None and form == "parquet":
+        raise InputError("parquet is a file format; --out FILE was expected")
+    if args.out is not None and form == "table":
+        raise InputError("a table is for reading, not for files; use --format csv, json or parquet")
     trace = kvtrace.open(args.trace)
     found = trace.sql(args.query, memory_limit=args.memory_limit, timeout_s=args.timeout)
-    if args.format == "parquet":
-        if args.out is None:
-            raise InputError("parquet is a file format; --out FILE was expected")
-        pq.write_table(found, args.out)
-        return 0
-    if args.format == "table" and args.out is None:
+    if args.out is not None:
+        _write(found, form, args.out)
+    elif form == "table":
         _print_table(found)
-        return 0
-    text = {"json": _json, "csv": _csv, "table": _csv}[args.format](found)
-    if args.out is None:
-        sys.stdout.write(text)
     else:
-        args.out.write_text(text, encoding="utf-8")
+        sys.stdout.write(_TEXTS[form](found))
     return 0
 
 
+def _form_of(out: Path | None) -> str:
+    if out is None:
+        return "table"
+    return {".json": "json", ".parquet": "parquet"}.get(out.suffix, "csv")
+
+
+def _write(found: pa.Table, form: str, out: Path) -> None:
+    try:
+        if form == "parquet":
+            pq.write_table(found, out)
+        else:
+            out.write_text(_TEXTS[form](found), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({error.strerror or error}); choose another --out"
+        ) from error
+
+
 def _json(found: pa.Table) -> str:
-    return json.dumps(found.to_pylist(), default=str) + "\n"
+    return json.dumps(_finite(found.to_pylist()), default=str, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return value
 
 
 def _csv(found: pa.Table) -> str:
@@ -74,6 +101,9 @@ def _csv(found: pa.Table) -> str:
     writer.writerow(found.column_names)
     writer.writerows(zip(*(column.to_pylist() for column in found.columns), strict=True))
     return text.getvalue()
+
+
+_TEXTS = {"json": _json, "csv": _csv}
 
 
 def _print_table(found: pa.Table, limit: int = 1000) -> None:
