@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace.writer import TraceWriter
+from kvtrace.writer import NARROWED, TraceWriter
 from kvtrace_recorder.lse import KeyHistory, row_lse
 from kvtrace_recorder.messages import (
     Ended,
@@ -27,7 +27,6 @@ _EVENT_COLUMNS = ("ts_ns", "step", "request", "layer", "event", "tokens", "bytes
 #: Decode steps that wait to be written together, at most.
 HELD_STEPS = 64
 HELD_BYTES = 4 << 20
-NARROWED = "beyond the range of float16, stored as its largest; record with dtype float32"
 
 
 class Texts(Protocol):

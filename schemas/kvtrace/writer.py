@@ -34,6 +34,8 @@ ROW_ARRAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "lse": (("q_head",), "float32"),
     "q_prerope": (("q_head", "head_dim"), None),
 }
+#: Why values of a float16 trace differ; infinities would make whole rows unusable.
+NARROWED = "beyond the range of float16, stored as its largest; record with dtype float32"
 _AXIS_FIELD = {
     "q_head": "num_q_heads",
     "kv_head": "num_kv_heads",
@@ -130,16 +132,6 @@ class TraceWriter:
         self._store = StoreWriter(self.path / rank_directory(0))
         self.append("runs", _run_row(now, source, command, detail, dtype, versions or {}))
         self.rows = 0
-
-    @property
-    def committed_rows(self) -> int:
-        """Rows that a reader can see."""
-        return self._store.rows
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes of the trace on disk now."""
-        return directory_bytes(self.path)
 
     def add_model(self, *, config: Mapping[str, Any] | None = None, **columns: Any) -> int:
         """Register a model; keywords are the columns of table `models`. Returns its number."""
@@ -240,7 +232,7 @@ class TraceWriter:
         self._closed = True
         self._finish_step("the recording ended in the middle of a step")
         for kind, count in self._overflow.items():
-            self.add_gap(f"{kind} values", count, "outside the range of float16; stored as inf")
+            self.add_gap(f"{kind} values", count, NARROWED)
         self._pad_lanes()
         self._store.commit(self.rows)
         self._store.close(complete=complete)
@@ -293,12 +285,11 @@ class TraceWriter:
             raise ValueError(f"{kind} has {len(values)} rows; the step has {self._step_rows}")
         stored = np.dtype(ROW_ARRAYS[kind][1] or self.dtype)
         if values.dtype != stored:
-            with np.errstate(over="ignore"):
-                narrowed = values.astype(stored)
-            lost = int(np.count_nonzero(np.isinf(narrowed)) - np.count_nonzero(np.isinf(values)))
-            if lost:
+            largest = np.finfo(stored).max
+            if lost := int(np.count_nonzero(np.abs(values) > largest)):
                 self._overflow[kind] = self._overflow.get(kind, 0) + lost
-            values = narrowed
+                values = np.clip(values, -largest, largest)
+            values = values.astype(stored)
         self._store.append_lane(name, lane, values)
 
     def _pad_lanes(self) -> None:

@@ -70,9 +70,14 @@ def test_values_outside_float16_are_counted(tmp_path: Path) -> None:
     with TraceWriter(tmp_path / "x.kvtrace", source="synthetic") as writer:
         model = writer.add_model(name="synthetic")
         writer.add_layers(model, [SPEC])
+        writer.append("requests", {"request": [0], "model": [model]})
         start_step(writer, model, 3)
         writer.append_layer(model, 0, **layer_arrays(3, SPEC, 1e6))
-    gaps = kvtrace.open(writer.path).table("gaps").to_pylist()
+    trace = kvtrace.open(writer.path)
+    data = trace.layer_data(0)
+    assert data.k is not None
+    assert (data.k == np.finfo(np.float16).max).all()
+    gaps = trace.table("gaps").to_pylist()
     assert {(gap["what"], gap["count"]) for gap in gaps} == {
         ("q values", 3 * 2 * 8),
         ("k values", 3 * 8),
