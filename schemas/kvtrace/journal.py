@@ -111,11 +111,6 @@ class JournalReader:
             fcntl.flock(file, fcntl.LOCK_UN)
             return False
 
-    @property
-    def mtime_ns(self) -> int:
-        """When the journal last grew."""
-        return self.path.stat().st_mtime_ns
-
 
 def _decode(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n") or len(line) < 10:

@@ -87,10 +87,6 @@ class StoreWriter:
         """Bring a lane to `rows` rows with the fill value."""
         self._arrays[name].pad(lane, rows)
 
-    def lane_rows(self, name: str, lane: int) -> int:
-        """Rows that a lane has received."""
-        return self._arrays[name].rows(lane)
-
     def commit(self, rows: int | None = None) -> None:
         """Make everything appended so far visible.
 
@@ -179,11 +175,6 @@ class StoreReader:
     def writer_alive(self) -> bool:
         """Whether a process is still writing."""
         return not self.closed and self._journal.writer_alive()
-
-    @property
-    def changed_ns(self) -> int:
-        """When the last commit came."""
-        return self._journal.mtime_ns
 
     def segments(self, table: str) -> list[Path]:
         """Committed Parquet files of a table, in order of writing."""
