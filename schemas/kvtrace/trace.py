@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from kvtrace import attention, database, sql, tables
@@ -79,7 +80,10 @@ class Trace:
         return directory_bytes(self.path)
 
     def refresh(self) -> None:
-        """See what was committed since; nothing changes under a reader that does not ask."""
+        """See the requests, tokens and layers that were committed since.
+
+        Without it `rows` and `status` may move on, but no request grows under its reader.
+        """
         self._store.refresh()
         for name in ("layers", "_models", "_row_index"):
             self.__dict__.pop(name, None)
@@ -112,7 +116,7 @@ class Trace:
         }
         if self._store.has_array("wo"):
             found.add("wo")
-        if not all(self.table("rows")["has_query"].to_pylist()):
+        if not pc.all(self.table("rows")["has_query"], min_count=0).as_py():
             found -= {"q", "lse"}
         return frozenset(found)
 
@@ -132,7 +136,7 @@ class Trace:
     def tokens(self, request: int = 0) -> pa.Table:
         """Tokens of a request by position: position, token_id, text, source."""
         found = self.table("tokens")
-        found = found.filter(pa.compute.equal(found["request"], request)).sort_by("position")
+        found = found.filter(pc.equal(found["request"], request)).sort_by("position")
         return found.select(["position", "token_id", "text", "source"])
 
     def request_rows(self, request: int = 0) -> Ids:

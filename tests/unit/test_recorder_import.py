@@ -50,6 +50,9 @@ def test_the_reference_comes_in_whole(tmp_path: Path) -> None:
                 getattr(data, kind), file[f"{kind}{layer}"].transpose(1, 0, 2)
             )
         np.testing.assert_allclose(data.lse, expected, atol=2e-6)
+        before_rope = file[f"q_prerope{layer}"].transpose(1, 0, 2)
+        np.testing.assert_array_equal(trace.row_array("q_prerope", layer), before_rope)
+    np.testing.assert_array_equal(trace.static("wo"), file["wo"])
     np.testing.assert_allclose(trace.attention(2, 5).sum(axis=1), 1, atol=1e-5)
     phases = trace.sql("select phase, count(*) n from steps group by phase order by phase")
     assert phases.to_pylist() == [{"phase": "decode", "n": 24}, {"phase": "prefill", "n": 1}]
