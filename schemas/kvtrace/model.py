@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,9 @@ class Layer:
     rope_theta: float | None
     array_group: int
     array_index: int
+    name: str | None = None
+    kv_heads: Sequence[int] | None = None
+    alibi_slopes: Sequence[float] | None = None
 
     @property
     def group_size(self) -> int:
@@ -54,6 +58,8 @@ class Request:
         Row of the batch it ran in.
     started_ns : int
         Wall clock.
+    encoder_request : int or None
+        The request whose tokens its cross attention reads.
     """
 
     request: int
@@ -63,6 +69,7 @@ class Request:
     external_id: str | None
     batch_index: int | None
     started_ns: int
+    encoder_request: int | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ CREATE TABLE runs (
     detail VARCHAR, dtype VARCHAR
 );
 COMMENT ON TABLE runs IS 'One row per recording process.';
+COMMENT ON COLUMN runs.run IS 'The rank of the recording process; numbers of steps, requests and models of rank r begin at r * 1,000,000,000.';
 COMMENT ON COLUMN runs.source IS 'recorded: taken from real inference; imported: from an outside file; synthetic: made up, for tests.';
 COMMENT ON COLUMN runs.detail IS 'What was asked for: events, summary, qk or qkv.';
 COMMENT ON COLUMN runs.dtype IS 'Storage type of q, k and v: float16 or float32.';
@@ -24,37 +25,49 @@ COMMENT ON COLUMN models.config IS 'The model''s configuration as JSON.';
 CREATE TABLE layers (
     model INTEGER, layer INTEGER, attention_kind VARCHAR, num_q_heads INTEGER, num_kv_heads INTEGER,
     head_dim INTEGER, value_dim INTEGER, scale DOUBLE, sliding_window INTEGER, softcap DOUBLE,
-    has_sinks BOOLEAN, rope_theta DOUBLE, array_group INTEGER, array_index INTEGER
+    has_sinks BOOLEAN, rope_theta DOUBLE, array_group INTEGER, array_index INTEGER,
+    name VARCHAR, kv_heads INTEGER[], alibi_slopes DOUBLE[]
 );
 COMMENT ON TABLE layers IS 'One row per attention layer.';
-COMMENT ON COLUMN layers.attention_kind IS 'full, sliding, or bidirectional (an encoder: every token sees every token).';
+COMMENT ON COLUMN layers.attention_kind IS 'full, sliding, bidirectional (an encoder: every token sees every token), or cross (queries of the request, keys and values of its encoder_request).';
 COMMENT ON COLUMN layers.scale IS 'Factor on q k^T before the softmax.';
 COMMENT ON COLUMN layers.sliding_window IS 'Keys a query can see, itself included; null when all.';
 COMMENT ON COLUMN layers.array_group IS 'Layers of one shape share arrays: group 0 is q, k, v, lse; group n is q_n, k_n, ...';
 COMMENT ON COLUMN layers.array_index IS 'Index of this layer on axis 1 of its group''s arrays.';
+COMMENT ON COLUMN layers.name IS 'The attention module''s name in the model; null where unknown.';
+COMMENT ON COLUMN layers.kv_heads IS 'The model''s numbers of the KV heads that were kept, with their query heads; null when all.';
+COMMENT ON COLUMN layers.alibi_slopes IS 'Per query head, added to the scaled score times (key position - query position); null without ALiBi.';
 
 CREATE TABLE requests (
     request BIGINT, run INTEGER, model INTEGER, external_id VARCHAR, batch_index INTEGER,
-    prompt_tokens INTEGER, started_ns BIGINT
+    prompt_tokens INTEGER, started_ns BIGINT, encoder_request BIGINT
 );
 COMMENT ON TABLE requests IS 'One row per sequence: a batch of four is four requests.';
 COMMENT ON COLUMN requests.external_id IS 'The serving API''s id; null where there is none.';
 COMMENT ON COLUMN requests.prompt_tokens IS 'Tokens of the prompt, padding not counted.';
+COMMENT ON COLUMN requests.encoder_request IS 'The request whose tokens the cross attention reads; null without.';
+
+CREATE TABLE forks (
+    row BIGINT, request BIGINT, source BIGINT, tokens INTEGER
+);
+COMMENT ON TABLE forks IS 'Where a sequence is not the plain list of its own rows: before row `row` was processed, `request` became the first `tokens` tokens of `source` as that stood then. A crop is a fork of itself, a beam that changes its parent a fork of the other beam, a shared prefix a fork of the request that computed it.';
 
 CREATE TABLE tokens (
-    request BIGINT, position INTEGER, token_id INTEGER, text VARCHAR, source VARCHAR
+    request BIGINT, position INTEGER, token_id INTEGER, text VARCHAR, source VARCHAR, row BIGINT
 );
 COMMENT ON TABLE tokens IS 'Every token the model processed; the last sampled one has no key yet and is not here.';
 COMMENT ON COLUMN tokens.position IS 'Index in the request from 0, padding not counted.';
 COMMENT ON COLUMN tokens.text IS 'The token''s text, special tokens by name; null where no tokenizer was found.';
 COMMENT ON COLUMN tokens.source IS 'prompt or generated.';
+COMMENT ON COLUMN tokens.row IS 'The row that processed it.';
 
 CREATE TABLE steps (
     step BIGINT, run INTEGER, model INTEGER, phase VARCHAR, batch_size INTEGER,
-    num_tokens INTEGER, started_ns BIGINT, duration_ns BIGINT
+    num_tokens INTEGER, started_ns BIGINT, duration_ns BIGINT, training_step BIGINT
 );
 COMMENT ON TABLE steps IS 'One row per forward pass of a model.';
-COMMENT ON COLUMN steps.phase IS 'prefill or decode.';
+COMMENT ON COLUMN steps.phase IS 'prefill, decode, mixed (continuous batching: both in one step), or train.';
+COMMENT ON COLUMN steps.training_step IS 'Optimizer steps taken before; null outside training.';
 COMMENT ON COLUMN steps.num_tokens IS 'Tokens processed by the step over the whole batch, padding not counted.';
 COMMENT ON COLUMN steps.duration_ns IS 'Wall time of the forward pass; on a GPU the time to enqueue it.';
 
@@ -66,20 +79,41 @@ COMMENT ON COLUMN rows.has_query IS 'Whether q and lse were kept for this token.
 
 CREATE TABLE kv_events (
     ts_ns BIGINT, step BIGINT, request BIGINT, layer INTEGER, block BIGINT, event VARCHAR,
-    tokens INTEGER, bytes BIGINT, device VARCHAR
+    tokens INTEGER, bytes BIGINT, device VARCHAR, cache_group INTEGER, block_index INTEGER
 );
 COMMENT ON TABLE kv_events IS 'What happened to KV memory.';
 COMMENT ON COLUMN kv_events.request IS 'Null where the event concerns the whole batch.';
 COMMENT ON COLUMN kv_events.layer IS 'Null where the event concerns all layers: free.';
-COMMENT ON COLUMN kv_events.event IS 'grow, crop, reorder, free.';
+COMMENT ON COLUMN kv_events.event IS 'Of a whole cache: grow, crop, reorder, free. Of a block: allocate, share, fork, free, evict, offload, restore, store, touch, remove. Of a pool: reset, clear.';
+COMMENT ON COLUMN kv_events.block IS 'The block, for events of one block; table blocks describes it.';
+COMMENT ON COLUMN kv_events.cache_group IS 'Group of layers that share block tables; null where there is one.';
+COMMENT ON COLUMN kv_events.block_index IS 'Index of the block in the request''s block table; null where it stands in none.';
 COMMENT ON COLUMN kv_events.tokens IS 'Token slots held after the event.';
 COMMENT ON COLUMN kv_events.bytes IS 'Bytes held after the event by this layer, keys and values, over the whole batch, padding counted.';
+
+CREATE TABLE blocks (
+    block BIGINT, hash VARCHAR, parent BIGINT, block_size INTEGER, token_ids INTEGER[],
+    details VARCHAR
+);
+COMMENT ON TABLE blocks IS 'One row per block that its source told apart by content.';
+COMMENT ON COLUMN blocks.hash IS 'The source''s own hash, as hexadecimal or decimal text.';
+COMMENT ON COLUMN blocks.parent IS 'The block before it in the sequence; null for the first.';
+COMMENT ON COLUMN blocks.block_size IS 'Tokens that a full block holds.';
+COMMENT ON COLUMN blocks.details IS 'What else the source said (LoRA, cache group, keys beside the tokens), as JSON.';
 
 CREATE TABLE gaps (
     ts_ns BIGINT, step BIGINT, what VARCHAR, count BIGINT, reason VARCHAR
 );
 COMMENT ON TABLE gaps IS 'What the trace does not hold, when, and why.';
 COMMENT ON COLUMN gaps.count IS 'How many of what were lost.';
+
+CREATE TABLE verifications (
+    model INTEGER, layer INTEGER, rows INTEGER, max_error DOUBLE, mean_error DOUBLE
+);
+COMMENT ON TABLE verifications IS 'Recorded with verify: attention outputs recomputed from what was recorded, against the model''s own.';
+COMMENT ON COLUMN verifications.rows IS 'Query rows compared.';
+COMMENT ON COLUMN verifications.max_error IS 'Largest relative error of a head''s output vector, ||recomputed - own|| / ||own||.';
+COMMENT ON COLUMN verifications.mean_error IS 'Mean of the same.';
 
 CREATE TABLE array_catalog (
     name VARCHAR, kind VARCHAR, array_group INTEGER, dtype VARCHAR, shape VARCHAR, axes VARCHAR

@@ -59,6 +59,9 @@ class LayerSpec:
     softcap: float | None = None
     has_sinks: bool = False
     rope_theta: float | None = None
+    name: str | None = None
+    kv_heads: tuple[int, ...] | None = None
+    alibi_slopes: tuple[float, ...] | None = None
 
 
 @dataclass
