@@ -121,13 +121,14 @@ class Scribe:
         numbers, requests, positions = _row_columns(steps)
         self._buffer("requests", _request_rows(model, steps))
         self.requests += sum(sequence.new for _, step in steps for sequence in step.sequences)
-        self._buffer("tokens", self._token_rows(steps, requests, positions))
         count = len(requests)
+        row = np.arange(self._writer.rows, self._writer.rows + count)
+        self._buffer("tokens", {**self._token_rows(steps, requests, positions), "row": row})
         has_query = any(layer.q is not None for layer in layers.values())
         self._writer.append(
             "rows",
             {
-                "row": np.arange(self._writer.rows, self._writer.rows + count),
+                "row": row,
                 "step": numbers,
                 "request": requests,
                 "position": positions,

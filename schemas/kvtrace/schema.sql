@@ -50,7 +50,7 @@ COMMENT ON COLUMN requests.encoder_request IS 'The request whose tokens the cros
 CREATE TABLE forks (
     row BIGINT, request BIGINT, source BIGINT, tokens INTEGER
 );
-COMMENT ON TABLE forks IS 'Where a sequence is not the plain list of its own rows: before row `row` was processed, `request` became the first `tokens` tokens of `source` as that stood then. A crop is a fork of itself, a beam that changes its parent a fork of the other beam, a shared prefix a fork of the request that computed it.';
+COMMENT ON TABLE forks IS 'Where a sequence is not the plain list of its own rows: before row `row` was processed, `request` became the first `tokens` tokens of `source` as that stood then. A crop is a fork of itself, a beam that changes its parent a fork of the other beam, a shared prefix a fork of the request that computed it. Forks of one row happen at once: each finds its source as it stood before all of them.';
 
 CREATE TABLE tokens (
     request BIGINT, position INTEGER, token_id INTEGER, text VARCHAR, source VARCHAR, row BIGINT

@@ -60,6 +60,7 @@ def write_synthetic(
                 "token_id": at.astype(np.int32),
                 "text": [f"t{i}" for i in at],
                 "source": ["prompt" if number == 0 else "generated"] * n,
+                "row": at,
             },
         )
         for spec, arrays in zip(specs, data, strict=True):

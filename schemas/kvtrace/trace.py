@@ -17,6 +17,7 @@ from kvtrace.errors import InputError, TraceError
 from kvtrace.layout import REPLAYS, array_name
 from kvtrace.manifest import Manifest, is_trace, read_manifest
 from kvtrace.model import Layer, LayerData, Request
+from kvtrace.sequences import Fork, rows_by_request
 from kvtrace.store import StoreReader
 from kvtrace.writer import ROW_ARRAYS, directory_bytes
 
@@ -134,15 +135,29 @@ class Trace:
         ]
 
     def tokens(self, request: int = 0) -> pa.Table:
-        """Tokens of a request by position: position, token_id, text, source."""
+        """Tokens of a request by position: position, token_id, text, source.
+
+        Tokens that came by a fork are those of the rows it brought.
+
+        Raises
+        ------
+        InputError
+            For a request the trace does not have.
+        """
+        rows = self.request_rows(request)
+        names = ["position", "token_id", "text", "source"]
         found = self.table("tokens")
+        if not found["row"].null_count:
+            return self._tokens_of_rows(found, rows).select(names)
+        # Older traces do not say which row a token is.
         found = found.filter(pc.equal(found["request"], request)).sort_by("position")
-        return found.select(["position", "token_id", "text", "source"])
+        return found.select(names)
 
     def request_rows(self, request: int = 0) -> Ids:
         """Row of each position of a request: int64 [token].
 
-        A position that was processed twice (after a crop) stands for its latest row.
+        A position that was processed twice (after a crop) stands for its latest row; what a fork
+        brought (table `forks`) stands for the source's rows.
 
         Raises
         ------
@@ -243,16 +258,11 @@ class Trace:
     @cached_property
     def _row_index(self) -> dict[int, Ids]:
         found = self.table("rows")
-        row, request, position = (found[name].to_numpy() for name in ("row", "request", "position"))
-        order = np.lexsort((row, position, request))
-        row, request, position = row[order], request[order], position[order]
-        # Of rows with the same request and position the last one counts.
-        last = np.ones(len(row), bool)
-        last[:-1] = (request[1:] != request[:-1]) | (position[1:] != position[:-1])
-        row, request = row[last], request[last]
-        names, starts = np.unique(request, return_index=True)
-        parts = np.split(row, starts[1:]) if len(row) else []
-        return {int(name): part for name, part in zip(names, parts, strict=True)}
+        row, request, position = (
+            found[name].to_numpy().astype(np.int64) for name in ("row", "request", "position")
+        )
+        forks = [Fork(**fork) for fork in self.table("forks").to_pylist()]
+        return rows_by_request(row, request, position, forks)
 
     def _layer(self, layer: int, request: int) -> Layer:
         model = self._models[request]
@@ -267,6 +277,16 @@ class Trace:
     def _models(self) -> dict[int, int]:
         found = self.table("requests")
         return dict(zip(found["request"].to_pylist(), found["model"].to_pylist(), strict=True))
+
+    def _tokens_of_rows(self, tokens: pa.Table, rows: Ids) -> pa.Table:
+        row = tokens["row"].to_numpy()
+        order = np.argsort(row)
+        place = np.minimum(np.searchsorted(row, rows, sorter=order), max(len(row) - 1, 0))
+        at = order[place] if len(row) else place
+        missing = row[at] != rows if len(row) else np.ones(len(rows), bool)
+        found = tokens.take(pa.array(at, mask=missing))
+        positions = pa.array(np.arange(len(rows)), found.schema.field("position").type)
+        return found.set_column(found.schema.get_field_index("position"), "position", positions)
 
     def _read(self, kind: str, spec: Layer, rows: Ids) -> Float | None:
         name = array_name(kind, spec.array_group)

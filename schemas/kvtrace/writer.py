@@ -177,6 +177,15 @@ class TraceWriter:
             self._begin_step(values)
         self._store.append(table, values)
 
+    def add_fork(self, request: int, source: int, tokens: int) -> None:
+        """Let `request` go on from the first `tokens` tokens of `source` (itself for a crop).
+
+        It counts from the next row that is written. Forks between the same two rows happen at
+        once: each finds its source as it stood before all of them.
+        """
+        row = {"row": self.rows, "request": request, "source": source, "tokens": tokens}
+        self.append("forks", {name: [value] for name, value in row.items()})
+
     def put_static(self, name: str, values: Array, axes: str) -> None:
         """Keep an array without a row axis, such as the output projections `wo`."""
         self._store.put_static(name, values, axes)

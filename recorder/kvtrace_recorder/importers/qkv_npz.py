@@ -244,6 +244,7 @@ def _begin_step(
             "position": positions,
             "token_id": file.ids[first:last],
             "source": ["prompt" if is_prompt else "generated"] * count,
+            "row": positions,
         },
     )
     writer.append(
