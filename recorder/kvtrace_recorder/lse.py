@@ -38,11 +38,13 @@ class KeyHistory:
     def extend(self, keys: NDArray[Any]) -> None:
         """Add `keys [token, kv_head, head_dim]`; memory at least doubles when it must grow."""
         count, heads, width = keys.shape
+        if not count:
+            return
         total = self.tokens + count
         if self._keys is None or total > self._keys.shape[1]:
             held = 0 if self._keys is None else self._keys.shape[1]
             room = -(-max(2 * held, total) // TILE) * TILE
-            # Zeros: the end of the last tile is multiplied before it is hidden.
+            # Numbers: the end of the last tile is multiplied before it is hidden.
             grown = np.zeros((heads, room, width), np.float32)
             if self._keys is not None:
                 grown[:, : self.tokens] = self._keys[:, : self.tokens]
@@ -50,9 +52,19 @@ class KeyHistory:
         self._keys[:, self.tokens : total] = keys.transpose(1, 0, 2)
         self.tokens = total
 
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first `tokens` tokens."""
+        self.tokens = min(self.tokens, tokens)
+
+    def part(self, start: int, stop: int) -> Float:
+        """A copy of the keys of some tokens: [token, kv_head, head_dim]."""
+        if self._keys is None:
+            return np.empty((0, 0, 0), np.float32)
+        return self._keys[:, start : min(stop, self.tokens)].transpose(1, 0, 2).copy()
+
     @property
     def tiles(self) -> Float:
-        """[kv_head, tile, token of the tile, head_dim]; a view, zero behind the last token."""
+        """[kv_head, tile, token of the tile, head_dim]; a view, finite behind the last token."""
         if self._keys is None:
             return np.empty((0, 0, TILE, 0), np.float32)
         heads, room, width = self._keys.shape

@@ -49,6 +49,8 @@ class Sequenced:
         Tokens, padding not counted.
     new : bool
         Whether the request begins with this step.
+    prompt_tokens : int
+        Tokens of its prompt; known when it begins.
     """
 
     request: int
@@ -56,6 +58,7 @@ class Sequenced:
     position: int
     count: int
     new: bool
+    prompt_tokens: int = 0
 
 
 @dataclass
@@ -88,6 +91,15 @@ class LayerRows:
         return sum(x.nbytes for x in (self.q, self.k, self.v, self.sinks) if x is not None)
 
 
+@dataclass(frozen=True)
+class ForkedRequest:
+    """From here on `request` is the first `tokens` tokens of `source`, itself after a crop."""
+
+    request: int
+    source: int
+    tokens: int
+
+
 @dataclass
 class CacheEvent:
     """A row of `kv_events` before it knows its step."""
@@ -116,6 +128,8 @@ class StepRecord:
         Tokens processed, padding not counted.
     started_ns, duration_ns : int
         Wall clock, and the time of the forward pass without the taps' own.
+    forks : sequence of ForkedRequest
+        What became of requests since the cache's last step, all at once.
     sequences : sequence of Sequenced
         The requests, in the order of the rows.
     token_ids : numpy.ndarray or None
@@ -134,6 +148,7 @@ class StepRecord:
     num_tokens: int
     started_ns: int
     duration_ns: int = 0
+    forks: Sequence[ForkedRequest] = ()
     sequences: Sequence[Sequenced] = ()
     token_ids: Array | None = None
     layers: dict[int, LayerRows] = field(default_factory=dict)
@@ -157,6 +172,22 @@ class StepRecord:
             events=self.events,
             fault=fault,
         )
+
+
+@dataclass(frozen=True)
+class CacheChange:
+    """What happened to a cache between two steps.
+
+    Attributes
+    ----------
+    events : tuple of CacheEvent
+        What each layer holds after it.
+    forks : tuple of ForkedRequest
+        Requests that became shorter and will not go on.
+    """
+
+    events: tuple[CacheEvent, ...] = ()
+    forks: tuple[ForkedRequest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,7 +215,7 @@ class Gap:
     reason: str
 
 
-Message = StepRecord | Ended | Gap
+Message = StepRecord | CacheChange | Ended | Gap
 
 
 def finite_float16(values: Array) -> tuple[Array, int]:

@@ -8,14 +8,20 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtrace.sequences import Fork
 from kvtrace.writer import NARROWED, TraceWriter
-from kvtrace_recorder.lse import KeyHistory, row_lse
+from kvtrace_recorder.histories import Histories
+from kvtrace_recorder.lse import row_lse
 from kvtrace_recorder.messages import (
+    CacheChange,
+    CacheEvent,
     Ended,
+    ForkedRequest,
     Gap,
     LayerRows,
     Message,
     ModelInfo,
+    Sequenced,
     StepRecord,
     finite_float16,
 )
@@ -27,6 +33,7 @@ _EVENT_COLUMNS = ("ts_ns", "step", "request", "layer", "event", "tokens", "bytes
 #: Decode steps that wait to be written together, at most.
 HELD_STEPS = 64
 HELD_BYTES = 4 << 20
+KEYS_GONE = "keys before these rows are not known any more: their source had ended"
 
 
 class Texts(Protocol):
@@ -52,7 +59,7 @@ class Scribe:
         self._texts = texts
         self._models: dict[int, int] = {}
         self._layered: set[int] = set()
-        self._histories: dict[int, dict[int, KeyHistory]] = {}
+        self._histories = Histories()
         self._buffers: dict[str, dict[str, list[Any]]] = {}
         self._held: list[StepRecord] = []
         self._held_bytes = 0
@@ -66,6 +73,11 @@ class Scribe:
         """Write one message; decode steps may wait for their like until the next commit."""
         if isinstance(message, StepRecord):
             self._hold(message)
+        elif isinstance(message, CacheChange):
+            self._buffer("kv_events", _event_rows(None, message.events))
+            if message.forks:
+                self._write_held()
+                self._fork(message.forks)
         elif isinstance(message, Ended):
             self._write_held()
             self._end(message)
@@ -89,7 +101,8 @@ class Scribe:
 
     def _hold(self, step: StepRecord) -> None:
         # Written one by one, decode steps cost more than the model takes for them.
-        if self._held and (step.phase != "decode" or step.model.key != self._held[0].model.key):
+        apart = step.phase != "decode" or step.forks
+        if self._held and (apart or step.model.key != self._held[0].model.key):
             self._write_held()
         self._held.append(step)
         self._held_bytes += step.nbytes
@@ -101,9 +114,10 @@ class Scribe:
         if not held:
             return
         model = self._model(held[0].model)
+        self._fork(held[0].forks)
         whole: list[tuple[int, StepRecord]] = []
         for number, step in enumerate(held, start=self.steps):
-            self._buffer("kv_events", _event_rows(number, step))
+            self._buffer("kv_events", _event_rows(number, step.events))
             if step.fault is not None:
                 self._note("tokens", step.num_tokens, step.fault, number)
             elif step.num_tokens:
@@ -136,6 +150,8 @@ class Scribe:
             },
         )
         shares = _shares(requests)
+        for request, share in shares.items():
+            self._histories.add_rows(request, row[share])
         for layer in layers:
             rows = [step.layers[layer] for _, step in steps]
             self._write_layer(model, rows, shares, positions, steps[0][0])
@@ -162,7 +178,7 @@ class Scribe:
             arrays[kind] = values
         q, k = arrays.get("q"), arrays.get("k")
         if q is not None and k is not None:
-            arrays["lse"] = self._lse(rows[0], q, k, shares, positions)
+            arrays["lse"] = self._lse(rows[0], q, k, shares, positions, number)
         self._writer.append_layer(model, rows[0].spec.layer, **arrays)
 
     def _lse(
@@ -172,15 +188,24 @@ class Scribe:
         k: NDArray[Any],
         shares: Mapping[int, Index],
         positions: NDArray[np.int64],
+        number: int,
     ) -> NDArray[np.float32]:
-        found = np.empty(q.shape[:2], np.float32)
+        found = np.full(q.shape[:2], np.nan, np.float32)
         for request, share in shares.items():
-            histories = self._histories.setdefault(request, {})
-            history = histories.setdefault(layer.spec.layer, KeyHistory())
-            history.extend(k[share])
+            history = self._histories.of(request, layer.spec.layer)
             first = int(positions[share][0])
+            if history.tokens != first:
+                self._note("lse", len(k[share]), KEYS_GONE, number)
+                continue
+            history.extend(k[share])
             found[share] = row_lse(q[share], history, first, layer.spec, layer.sinks)
         return found
+
+    def _fork(self, forks: Sequence[ForkedRequest]) -> None:
+        row = self._writer.rows
+        for fork in forks:
+            self._writer.add_fork(fork.request, fork.source, fork.tokens)
+        self._histories.fork([Fork(row, f.request, f.source, f.tokens) for f in forks])
 
     def _token_rows(
         self,
@@ -193,7 +218,9 @@ class Scribe:
         for _, step in steps:
             known = step.token_ids
             ids += [None] * step.num_tokens if known is None else [int(x) for x in known]
-            sources += ["generated" if step.phase == "decode" else "prompt"] * step.num_tokens
+            for sequence in step.sequences:
+                prompt = _prompt_share(sequence, step.phase)
+                sources += ["prompt"] * prompt + ["generated"] * (sequence.count - prompt)
         name = steps[0][1].model.source
         return {
             "request": requests,
@@ -211,7 +238,7 @@ class Scribe:
     def _end(self, message: Ended) -> None:
         count = len(message.requests)
         for request in message.requests:
-            self._histories.pop(request, None)
+            self._histories.end(request)
         if message.freed_ns is not None:
             freed: dict[str, Iterable[Any]] = {name: [None] * count for name in _EVENT_COLUMNS} | {
                 "ts_ns": [message.freed_ns] * count,
@@ -278,13 +305,21 @@ def _request_rows(model: int, steps: Sequence[tuple[int, StepRecord]]) -> dict[s
         "run": [0] * len(new),
         "model": [model] * len(new),
         "batch_index": [s.batch_index for _, s in new],
-        "prompt_tokens": [s.count for _, s in new],
+        "prompt_tokens": [s.prompt_tokens for _, s in new],
         "started_ns": [step.started_ns for step, _ in new],
     }
 
 
-def _event_rows(number: int, step: StepRecord) -> dict[str, Iterable[Any]]:
-    events = step.events
+def _prompt_share(sequence: Sequenced, phase: str) -> int:
+    """How many of a step's tokens of one request are its prompt's."""
+    if phase == "decode":
+        return 0
+    if not sequence.new:
+        return sequence.count
+    return min(sequence.count, max(0, sequence.prompt_tokens - sequence.position))
+
+
+def _event_rows(number: int | None, events: Sequence[CacheEvent]) -> dict[str, Iterable[Any]]:
     return {
         "ts_ns": [e.ts_ns for e in events],
         "step": [number] * len(events),

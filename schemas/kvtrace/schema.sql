@@ -82,6 +82,7 @@ CREATE TABLE kv_events (
     tokens INTEGER, bytes BIGINT, device VARCHAR, cache_group INTEGER, block_index INTEGER
 );
 COMMENT ON TABLE kv_events IS 'What happened to KV memory.';
+COMMENT ON COLUMN kv_events.step IS 'Null between steps.';
 COMMENT ON COLUMN kv_events.request IS 'Null where the event concerns the whole batch.';
 COMMENT ON COLUMN kv_events.layer IS 'Null where the event concerns all layers: free.';
 COMMENT ON COLUMN kv_events.event IS 'Of a whole cache: grow, crop, reorder, free. Of a block: allocate, share, fork, free, evict, offload, restore, store, touch, remove. Of a pool: reset, clear.';

@@ -306,26 +306,6 @@ def test_a_model_in_another_thread_is_recorded(model: Any, tmp_path: Path) -> No
     assert [r.tokens for r in kvtrace.open(tmp_path / "a.kvtrace").requests()] == [11, 11, 11]
 
 
-def test_a_cache_that_is_reordered_or_cropped_stops_being_recorded(
-    model: Any, tmp_path: Path
-) -> None:
-    with record(model, tmp_path / "a.kvtrace", strict=True), torch.no_grad():
-        cache = model(IDS).past_key_values
-        cache.crop(-2)
-        model(IDS[:, :1], past_key_values=cache)
-        cache = model(IDS.repeat(2, 1)).past_key_values
-        cache.reorder_cache(torch.tensor([0, 1]))
-        cache = model(IDS[:, :1].repeat(2, 1), past_key_values=cache).past_key_values
-        cache.reorder_cache(torch.tensor([1, 0]))
-        model(IDS[:, :1].repeat(2, 1), past_key_values=cache)
-    trace = kvtrace.open(tmp_path / "a.kvtrace")
-    assert [r.tokens for r in trace.requests()] == [6, 7, 7]
-    assert [(g["count"], g["reason"].split(";")[0]) for g in gaps(tmp_path / "a.kvtrace")] == [
-        (1, "the cache was changed between steps (crop)"),
-        (2, "the cache was changed between steps (reorder)"),
-    ]
-
-
 def test_a_cache_that_was_filled_before_is_a_gap(model: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         cache = model(IDS).past_key_values

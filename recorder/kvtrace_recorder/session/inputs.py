@@ -29,6 +29,9 @@ class StepInputs:
         `past_key_values`.
     past : int
         Slots filled in the cache.
+    num_candidates : int
+        Tokens at the end that were guessed rather than given: assisted decoding asks for the
+        logits of each, and of the token before them.
     """
 
     token_ids: NDArray[np.int64] | None
@@ -37,11 +40,12 @@ class StepInputs:
     mask: Any
     cache: Cache | None
     past: int
+    num_candidates: int = 0
 
     @property
     def is_decode(self) -> bool:
-        """Whether one token a row is added to a cache."""
-        return self.past > 0 and self.length == 1
+        """Whether what is added to a cache is one token a row, and guesses that may follow it."""
+        return self.past > 0 and self.length == 1 + self.num_candidates
 
 
 def read_inputs(
@@ -66,7 +70,11 @@ def read_inputs(
     batch, length = shaped.shape[:2]
     if _is_packed(given.get("position_ids"), given.get("attention_mask")):
         return f"{name} was given several sequences packed into one, which is not recorded yet"
-    return StepInputs(token_ids, batch, length, given.get("attention_mask"), cache, past)
+    asked = given.get("logits_to_keep")
+    candidates = min(asked, length) - 1 if cache is not None and isinstance(asked, int) else 0
+    return StepInputs(
+        token_ids, batch, length, given.get("attention_mask"), cache, past, max(0, candidates)
+    )
 
 
 def _is_packed(position_ids: Any, mask: Any) -> bool:

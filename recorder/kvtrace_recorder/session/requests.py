@@ -6,24 +6,59 @@ import itertools
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_recorder.messages import Ended
+from kvtrace_recorder.messages import CacheChange, Ended, ForkedRequest
 
 Bools = NDArray[np.bool_]
 
 
 @dataclass
 class RequestState:
-    """One sequence as it stands after its last recorded step."""
+    """One sequence as it stands after its last recorded step.
+
+    Attributes
+    ----------
+    request : int
+        Its number.
+    tokens : int
+        Tokens in the cache, padding not counted.
+    prompt_tokens : int
+        Those of its prompt.
+    last_token : int or None
+        The last one's id; None where unknown.
+    is_known : bool
+        Whether the trace has the request.
+    fork : (int, int) or None
+        The request and its number of tokens that this one has become since its last row.
+    """
 
     request: int
     tokens: int = 0
+    prompt_tokens: int = 0
     last_token: int | None = None
+    is_known: bool = False
+    fork: tuple[int, int] | None = None
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """The request, as far as the trace has it, and its number of tokens that this one is."""
+        return self.fork or (self.request, self.tokens)
+
+    def keep(self, tokens: int) -> None:
+        """Cut the request to its first `tokens` tokens."""
+        if tokens < self.tokens:
+            self.fork = (self.origin[0], tokens)
+            self.tokens, self.last_token = tokens, None
+
+    def become(self, other: RequestState) -> RequestState:
+        """The same request, going on from what `other` holds."""
+        return replace(other, request=self.request, is_known=self.is_known, fork=other.origin)
 
 
 @dataclass
@@ -56,7 +91,24 @@ class CacheEntry:
     @property
     def recorded(self) -> tuple[int, ...]:
         """Requests with rows in the trace."""
-        return tuple(state.request for state in self.requests if state.tokens)
+        return tuple(state.request for state in self.requests if state.is_known)
+
+    def crop(self, slots: int) -> None:
+        """Keep only the first `slots` slots."""
+        self.slots = slots
+        self.real = self.real[:, :slots]
+        for state, tokens in zip(self.requests, self.real.sum(axis=1), strict=True):
+            state.keep(int(tokens))
+
+    def forks(
+        self, wanted: Callable[[RequestState], bool] = lambda _: True
+    ) -> tuple[ForkedRequest, ...]:
+        """What has become of the requests since their last step."""
+        return tuple(
+            ForkedRequest(state.request, *state.fork)
+            for state in self.requests
+            if state.fork is not None and self.lost is None and wanted(state)
+        )
 
     @property
     def is_contiguous(self) -> bool:
@@ -72,7 +124,7 @@ class RequestBook:
         self._numbers = itertools.count()
         self._entries: dict[int, tuple[weakref.ref[Any], CacheEntry]] = {}
         # Filled by weak references' callbacks, which may run anywhere: a deque needs no lock.
-        self.ended: deque[Ended] = deque()
+        self.ended: deque[CacheChange | Ended] = deque()
 
     def entry_for(self, cache: Any, past: int, batch: int) -> CacheEntry:
         """The entry that a step belongs to, which holds `past` slots in `cache` (may be None)."""
@@ -116,9 +168,43 @@ class RequestBook:
         if entry.recorded:
             self.ended.append(Ended(entry.recorded, None))
 
+    def select(self, entry: CacheEntry, indices: NDArray[np.int64]) -> None:
+        """Let each batch row i of a cache go on from what row `indices[i]` held.
+
+        While the batch keeps its size a row keeps its request, as a beam does that changes its
+        parent. Otherwise the first copy of a row takes its request along, further copies are new
+        requests, and rows that nobody took have ended.
+        """
+        old = entry.requests
+        if len(indices) == len(old):
+            pairs = zip(old, indices, strict=True)
+            new = [own if own is old[i] else own.become(old[i]) for own, i in pairs]
+        else:
+            new = []
+            for at, i in enumerate(indices):
+                first = i not in indices[:at]
+                new.append(old[i] if first else RequestState(next(self._numbers)).become(old[i]))
+            gone = tuple(s.request for n, s in enumerate(old) if s.is_known and n not in indices)
+            if gone:
+                self.ended.append(Ended(gone, time.time_ns()))
+        entry.requests, entry.real = new, entry.real[indices]
+
+    def close(self) -> None:
+        """Say what the recording's end finds: caches that were cropped after their last step."""
+        for _, entry in list(self._entries.values()):
+            self._crop(entry)
+
     def _end(self, entry: CacheEntry) -> None:
+        self._crop(entry)
         if entry.recorded:
             self.ended.append(Ended(entry.recorded, time.time_ns()))
+
+    def _crop(self, entry: CacheEntry) -> None:
+        # Rejected tokens do not stay. A reordering that no row followed is left out: nothing was
+        # computed from it, and a beam search's last one picks beams that are of no use.
+        forks = entry.forks(lambda state: state.origin[0] == state.request)
+        if forks:
+            self.ended.append(CacheChange(forks=forks))
 
     def _new(self, batch: int, slots: int) -> CacheEntry:
         requests = [RequestState(next(self._numbers)) for _ in range(batch)]

@@ -14,12 +14,13 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvtrace.layout import DETAIL_ARRAYS
-from kvtrace_recorder.messages import Gap, Sequenced, StepRecord
+from kvtrace_recorder.messages import CacheChange, Gap, Sequenced, StepRecord
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.cache_sizes import cache_events
+from kvtrace_recorder.session.changes import apply_change
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.models import ModelState
-from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
+from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook, RequestState
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.call import parse_call
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
@@ -119,7 +120,7 @@ class Session:
             record.fault = self._differing_layers(step)
         if cache is not None:
             self._book.bind(cache, entry)
-            record.events += self.guard.run("cache", cache_events, cache, entry) or []
+            record.events += self.guard.run("cache sizes", cache_events, cache, entry) or []
         self._submit(step)
         entry.slots = step.past + step.length
         entry.steps += 1
@@ -131,18 +132,22 @@ class Session:
         step.record.fault = step.record.fault or "the forward pass raised"
         self._submit(step)
 
-    def cache_changed(
-        self, cache: Any, change: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def cache_changed(self, cache: Any, method: str, event: str, value: Any) -> None:
         """Slots of a cache were dropped or moved."""
         entry = self._book.find(cache)
-        value = args[0] if args else next(iter(kwargs.values()), None)
-        if entry is None or entry.lost is not None or _is_identity(change, value):
+        if entry is None:
             return
-        entry.lost = f"the cache was changed between steps ({change}); what follows is not recorded"
+        try:
+            if entry.lost is None:
+                apply_change(self._book, entry, cache, method, value)
+        except UnrecordableError as error:
+            entry.lost = str(error)
+        if events := cache_events(cache, entry, event):
+            self._pipeline.put(CacheChange(tuple(events)))
 
     def finish(self) -> None:
         """Send what is left; the taps are gone."""
+        self._book.close()
         self._send_ended()
 
     def _step(
@@ -156,13 +161,14 @@ class Session:
             batch_size=inputs.batch,
             num_tokens=int(counts.sum()),
             started_ns=time.time_ns(),
+            forks=entry.forks(),
             sequences=[
-                Sequenced(state.request, row, state.tokens, int(count), state.tokens == 0)
+                _sequenced(row, state, int(count), inputs)
                 for row, (state, count) in enumerate(zip(entry.requests, counts, strict=False))
-                if count
+                if count or (state.fork and not state.is_known)
             ],
             token_ids=None if inputs.token_ids is None else inputs.token_ids[real],
-            fault=entry.lost or self.guard.silent.get("attention"),
+            fault=entry.lost or self._silent(),
         )
         keep = None if real.all() else torch.as_tensor(np.flatnonzero(real))
         return ActiveStep(
@@ -179,13 +185,21 @@ class Session:
         if entry.lost is not None:
             return
         start = 0
+        for state in entry.requests:
+            state.fork = None
         for sequence in record.sequences:
             state = entry.requests[sequence.batch_index]
+            state.is_known, state.prompt_tokens = True, sequence.prompt_tokens
             state.tokens += sequence.count
             start += sequence.count
-            state.last_token = (
-                None if record.token_ids is None else int(record.token_ids[start - 1])
-            )
+            if sequence.count:
+                state.last_token = (
+                    None if record.token_ids is None else int(record.token_ids[start - 1])
+                )
+
+    def _silent(self) -> str | None:
+        # A change of the cache that went unseen would make rows wrong.
+        return self.guard.silent.get("attention") or self.guard.silent.get("cache")
 
     def _differing_layers(self, step: ActiveStep) -> str | None:
         found = frozenset(step.record.layers)
@@ -221,11 +235,16 @@ class Session:
             self._pipeline.put(self._book.ended.popleft())
 
 
+def _sequenced(row: int, state: RequestState, count: int, inputs: StepInputs) -> Sequenced:
+    prompt = state.prompt_tokens or count - inputs.num_candidates
+    return Sequenced(state.request, row, state.tokens, count, not state.is_known, prompt)
+
+
 def _fillers(model: ModelState, entry: CacheEntry, inputs: StepInputs) -> Bools:
     """[batch, 1]: rows of a batch that have ended and are fed padding until the others end."""
     ends, fills = model.end_tokens
     found = np.zeros((inputs.batch, 1), bool)
-    if inputs.token_ids is None or inputs.batch == 1:
+    if inputs.token_ids is None or inputs.batch == 1 or inputs.length > 1:
         return found
     for row, state in enumerate(entry.requests[: inputs.batch]):
         found[row] = state.last_token in ends and int(inputs.token_ids[row, 0]) in fills
@@ -238,11 +257,3 @@ def _find_cache(output: Any) -> Any:
     if found is None and isinstance(output, tuple):
         found = next((part for part in output if isinstance(part, Cache)), None)
     return found if isinstance(found, Cache) else None
-
-
-def _is_identity(change: str, value: Any) -> bool:
-    if change == "crop":
-        return bool(value == 0)
-    if isinstance(value, torch.Tensor):
-        return bool(torch.equal(value.cpu(), torch.arange(len(value))))
-    return bool(value == 1)

@@ -11,7 +11,7 @@ from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.taps.patch import Patch
 
 NAME = "cache"
-#: Methods that change what the slots of a cache hold, and what to call that.
+#: Methods that change what the slots of a cache hold, and the event's name.
 CHANGES = {
     "crop": "crop",
     "reorder_cache": "reorder",
@@ -30,7 +30,8 @@ def _maker(session: Session, name: str) -> Any:
         @functools.wraps(original)
         def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
-            session.guard.run(NAME, session.cache_changed, self, CHANGES[name], args, kwargs)
+            value = args[0] if args else next(iter(kwargs.values()), None)
+            session.guard.run(NAME, session.cache_changed, self, name, CHANGES[name], value)
             return result
 
         return changed

@@ -1,0 +1,58 @@
+"""The keys of every running request, layer by layer: what a row's log-sum-exp is taken over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from kvtrace.sequences import Fork, Ids, Sequences
+from kvtrace_recorder.lse import KeyHistory
+
+
+class Histories:
+    """Key histories by request and layer, which follow the requests' forks."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, dict[int, KeyHistory]] = {}
+        self._sequences = Sequences()
+
+    def of(self, request: int, layer: int) -> KeyHistory:
+        """The history of a request in a layer; empty where there was none."""
+        return self._keys.setdefault(request, {}).setdefault(layer, KeyHistory())
+
+    def add_rows(self, request: int, rows: Ids) -> None:
+        """Note which rows come next in a request; their keys are added layer by layer."""
+        self._sequences.extend(request, rows)
+
+    def fork(self, forks: Sequence[Fork]) -> None:
+        """Apply the forks of one row: each finds its source as it stood before all of them."""
+        # Beams share all but their last tokens: only what differs is copied.
+        moved = []
+        for fork in forks:
+            shared = self._shared(fork)
+            moved.append((fork, shared, self._parts(fork, shared)))
+        for fork, shared, parts in moved:
+            for layer, keys in parts.items():
+                history = self.of(fork.request, layer)
+                history.truncate(shared)
+                history.extend(keys)
+        self._sequences.fork(forks)
+
+    def end(self, request: int) -> None:
+        """Forget a request."""
+        self._keys.pop(request, None)
+        self._sequences.drop(request)
+
+    def _shared(self, fork: Fork) -> int:
+        """Leading tokens that a request and its new parent have in common."""
+        own = self._sequences.rows(fork.request)
+        other = self._sequences.rows(fork.source)[: fork.tokens]
+        count = min(len(own), len(other))
+        differs = own[:count] != other[:count]
+        return int(differs.argmax()) if differs.any() else count
+
+    def _parts(self, fork: Fork, start: int) -> dict[int, NDArray[Any]]:
+        histories = self._keys.get(fork.source, {})
+        return {n: history.part(start, fork.tokens) for n, history in histories.items()}
