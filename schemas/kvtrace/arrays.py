@@ -126,9 +126,12 @@ class RowArrayWriter:
     def pad(self, lane: int, rows: int) -> None:
         """Bring a lane to `rows` rows with the fill value: rows of another model."""
         missing = rows - self.rows(lane)
-        if missing > 0:
-            fill = np.full((missing, *self.tail[1:]), fill_value(self.dtype), self.dtype)
-            self.append(lane, fill)
+        # In shards: a long prompt without its queries would be gigabytes of fill values at once.
+        size = min(max(0, missing), self.geometry.shard)
+        fill = np.full((size, *self.tail[1:]), fill_value(self.dtype), self.dtype)
+        while missing > 0:
+            self.append(lane, fill[:missing])
+            missing -= size
 
     def write_tail(self, rows: int) -> None:
         """Make rows [last full shard, rows) readable; every lane must have exactly `rows` rows."""
@@ -209,9 +212,11 @@ class RowArrayReader:
 
     def _open(self) -> None:
         self._sealed = zarr.open_array(self._folder / self._name, mode="r")
+        #: Of an array that is added to (see kvtrace.sums) every row stands in the array itself.
+        self._whole = self._sealed.shards is None
         self._tail = (
             None
-            if self._closed
+            if self._closed or self._whole
             else zarr.open_array(self._folder / tail_name(self._name), mode="r")
         )
         # The shard size is the array's own: another version may choose another.
@@ -263,7 +268,7 @@ class RowArrayReader:
         return moved
 
     def _sealed_rows(self) -> int:
-        if self._closed:
+        if self._closed or self._whole:
             return self._rows
         return self._rows // self._shard * self._shard
 

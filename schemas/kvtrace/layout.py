@@ -19,9 +19,14 @@ ARRAYS = "arrays.zarr"
 #: Detail levels and the row arrays that each keeps.
 DETAIL_ARRAYS: dict[str, tuple[str, ...]] = {
     "events": (),
+    "summary": ("key_norm", "value_norm", "received"),
     "qk": ("q", "k", "lse"),
     "qkv": ("q", "k", "v", "lse"),
 }
+
+
+#: Kinds of row arrays that are there only for rows with a kept query.
+QUERY_ARRAYS = frozenset({"q", "lse", "q_prerope"})
 
 
 def rank_directory(rank: int) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtrace.errors import InputError
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -36,6 +38,33 @@ class Layer:
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def kv_head_numbers(self) -> list[int]:
+        """The model's number of each KV head, in the order of the arrays."""
+        return list(range(self.num_kv_heads) if self.kv_heads is None else self.kv_heads)
+
+    @property
+    def q_head_numbers(self) -> list[int]:
+        """The model's number of each query head, in the order of the arrays."""
+        size = self.group_size
+        return [head * size + one for head in self.kv_head_numbers for one in range(size)]
+
+    def q_head_index(self, head: int) -> int:
+        """Where the model's query head `head` stands in the arrays.
+
+        Raises
+        ------
+        InputError
+            For a head that the trace does not hold.
+        """
+        try:
+            return self.q_head_numbers.index(head)
+        except ValueError:
+            raise InputError(
+                f"head {head} was not found in layer {self.layer}; it has"
+                f" {number_text(self.q_head_numbers)}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -87,7 +116,10 @@ class LayerData:
     v : numpy.ndarray or None
         [token, kv_head, value_dim]
     lse : numpy.ndarray or None
-        [token, q_head]
+        [token, q_head]; NaN, like q, for tokens whose query was not kept.
+    received : numpy.ndarray or None
+        [token, q_head], attention that the prompt's tokens received from all of the prompt's
+        queries; NaN behind the prompt.
     """
 
     spec: Layer
@@ -95,9 +127,21 @@ class LayerData:
     k: NDArray[np.float32] | None
     v: NDArray[np.float32] | None
     lse: NDArray[np.float32] | None
+    received: NDArray[np.float32] | None = None
 
     @property
     def n(self) -> int:
         """Tokens."""
         found: Any = next((x for x in (self.k, self.q, self.v) if x is not None), ())
         return len(found)
+
+
+def number_text(numbers: Sequence[int]) -> str:
+    """Ascending numbers as `--layers` and `--heads` take them: "0,4-7"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts) or "none"

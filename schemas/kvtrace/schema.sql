@@ -5,12 +5,13 @@
 CREATE TABLE runs (
     run INTEGER, source VARCHAR, kvtrace_version VARCHAR, started_ns BIGINT, command VARCHAR,
     host VARCHAR, pid INTEGER, python VARCHAR, torch VARCHAR, transformers VARCHAR,
-    detail VARCHAR, dtype VARCHAR
+    detail VARCHAR, dtype VARCHAR, selection VARCHAR
 );
 COMMENT ON TABLE runs IS 'One row per recording process.';
 COMMENT ON COLUMN runs.run IS 'The rank of the recording process; numbers of steps, requests and models of rank r begin at r * 1,000,000,000.';
 COMMENT ON COLUMN runs.source IS 'recorded: taken from real inference; imported: from an outside file; synthetic: made up, for tests.';
 COMMENT ON COLUMN runs.detail IS 'What was asked for: events, summary, qk or qkv.';
+COMMENT ON COLUMN runs.selection IS 'Of that, what was asked for, as JSON: layers, heads (KV heads), queries, max_bytes; null where all.';
 COMMENT ON COLUMN runs.dtype IS 'Storage type of q, k and v: float16 or float32.';
 
 CREATE TABLE models (
@@ -75,7 +76,7 @@ CREATE TABLE rows (
     row BIGINT, step BIGINT, request BIGINT, position INTEGER, has_query BOOLEAN
 );
 COMMENT ON TABLE rows IS 'One row per token processed: axis 0 of every array.';
-COMMENT ON COLUMN rows.has_query IS 'Whether q and lse were kept for this token.';
+COMMENT ON COLUMN rows.has_query IS 'Whether q and lse were kept for this token; they are NaN where not.';
 
 CREATE TABLE kv_events (
     ts_ns BIGINT, step BIGINT, request BIGINT, layer INTEGER, block BIGINT, event VARCHAR,

@@ -22,6 +22,7 @@ from kvtrace.arrays import RowArrayReader, RowArrayWriter
 from kvtrace.errors import TraceError
 from kvtrace.journal import JournalReader, JournalWriter
 from kvtrace.layout import ARRAYS, JOURNAL, TABLES
+from kvtrace.sums import SumArrayWriter
 
 Array = NDArray[Any]
 
@@ -41,6 +42,7 @@ class StoreWriter:
         self._journal = JournalWriter(directory / JOURNAL)
         self._group = zarr.open_group(directory / ARRAYS, mode="w-")
         self._arrays: dict[str, RowArrayWriter] = {}
+        self._sums: dict[str, SumArrayWriter] = {}
         self._pending: dict[str, list[pa.Table]] = {}
         self._segments = 0
         self._closed = False
@@ -63,6 +65,15 @@ class StoreWriter:
         """
         self._arrays[name] = RowArrayWriter(self._group, name, tail, np.dtype(dtype))
         self._group[name].attrs["axes"] = axes.split(",")
+
+    def declare_sums(self, name: str, *, tail: tuple[int, ...], dtype: str, axes: str) -> None:
+        """Create an array of shape [row, *tail] for `add_rows`; parameters as `declare_array`."""
+        self._sums[name] = SumArrayWriter(self._group, name, tail, np.dtype(dtype))
+        self._group[name].attrs["axes"] = axes.split(",")
+
+    def add_rows(self, name: str, lane: int, rows: NDArray[np.int64], values: Array) -> None:
+        """Add `values [n, *tail[1:]]` to rows of a lane that were made by `declare_sums`."""
+        self._sums[name].add(lane, rows, values)
 
     def put_static(self, name: str, values: Array, axes: str) -> None:
         """Write an array that has no row axis (a weight matrix, say), whole."""
@@ -98,6 +109,8 @@ class StoreWriter:
         self.rows = self._agreed_rows() if rows is None else rows
         for array in self._arrays.values():
             array.write_tail(self.rows)
+        for sums in self._sums.values():
+            sums.reserve(self.rows)
         self._commit_line(closed=False, complete=False)
         for array in self._arrays.values():
             array.drop_tail_before(self.rows)
@@ -111,6 +124,8 @@ class StoreWriter:
             self.commit()
             for array in self._arrays.values():
                 array.finish(self.rows)
+            for sums in self._sums.values():
+                sums.finish(self.rows)
             self._commit_line(closed=True, complete=complete)
             for array in self._arrays.values():
                 array.drop_tail()

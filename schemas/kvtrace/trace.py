@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 from kvtrace import attention, database, sql, tables
 from kvtrace.errors import InputError, TraceError
-from kvtrace.layout import REPLAYS, array_name
+from kvtrace.holdings import Holdings, first_missing, joined
+from kvtrace.layout import QUERY_ARRAYS, REPLAYS, array_name
 from kvtrace.manifest import Manifest, is_trace, read_manifest
 from kvtrace.model import Layer, LayerData, Request
 from kvtrace.sequences import Fork, rows_by_request
@@ -23,6 +25,17 @@ from kvtrace.writer import ROW_ARRAYS, directory_bytes
 
 Float = NDArray[np.float32]
 Ids = NDArray[np.int64]
+
+#: What `refresh` forgets.
+_CACHED = (
+    "layers",
+    "_models",
+    "_prompt_tokens",
+    "_row_index",
+    "_has_query",
+    "_group_kinds",
+    "_thinned",
+)
 
 
 class Trace:
@@ -86,7 +99,7 @@ class Trace:
         Without it `rows` and `status` may move on, but no request grows under its reader.
         """
         self._store.refresh()
-        for name in ("layers", "_models", "_row_index"):
+        for name in _CACHED:
             self.__dict__.pop(name, None)
 
     def table(self, name: str) -> pa.Table:
@@ -108,18 +121,57 @@ class Trace:
 
     @property
     def signals(self) -> frozenset[str]:
-        """What was recorded for every row and layer: of q, k, v, lse, q_prerope, wo."""
-        groups = {layer.array_group for layer in self.layers}
-        found = {
-            kind
-            for kind in ROW_ARRAYS
-            if groups and all(self._store.has_array(array_name(kind, group)) for group in groups)
-        }
+        """What was recorded for every row and layer: of q, k, v, lse, q_prerope, wo and more.
+
+        `received` is in it where some prompt has it; see `holdings` for one request.
+        """
+        groups = list(self._group_kinds.values())
+        found = set(frozenset.intersection(*groups)) if groups else set()
         if self._store.has_array("wo"):
             found.add("wo")
-        if not pc.all(self.table("rows")["has_query"], min_count=0).as_py():
-            found -= {"q", "lse"}
-        return frozenset(found)
+        if not self._has_query.all():
+            found -= QUERY_ARRAYS
+        return frozenset(found - {kind for _, _, kind in self._thinned})
+
+    @cached_property
+    def selection(self) -> dict[str, Any]:
+        """What was asked for: layers, heads, queries, max_bytes; empty where not said."""
+        runs = self.table("runs").to_pylist()
+        return dict(json.loads(runs[0]["selection"] or "{}")) if runs else {}
+
+    @property
+    def queries(self) -> str:
+        """Which queries of the prompts were kept: all, none, last=N, every=N, or several of it."""
+        return joined([self.holdings(one.request).query_text for one in self.requests()]) or "none"
+
+    def holdings(self, request: int = 0) -> Holdings:
+        """What the trace holds of one request.
+
+        Raises
+        ------
+        InputError
+            For a request the trace does not have.
+        """
+        rows = self.request_rows(request)
+        model, prompt_tokens = self._models[request], self._prompt_tokens[request]
+        specs = [spec for spec in self.layers if spec.model == model]
+        kinds = {spec.layer: self._stored(spec, int(rows[-1])) for spec in specs}
+        # Either all layers have it or none: a request that began under another rule has none.
+        summed = [spec for spec in specs if "received" in kinds[spec.layer]]
+        if summed and not self._is_held("received", summed[0], int(rows[0])):
+            kinds = {layer: held - {"received"} for layer, held in kinds.items()}
+        return Holdings(self._has_query[rows], min(prompt_tokens, len(rows)), kinds)
+
+    def _stored(self, spec: Layer, last: int) -> frozenset[str]:
+        """Row arrays of a layer that hold everything up to the row `last`."""
+        thinned = {
+            kind
+            for (model, layer, kind), ends in self._thinned.items()
+            if (model, layer) == (spec.model, spec.layer) and last >= ends
+        }
+        if "k" in thinned or "key_norm" in thinned:
+            thinned |= set(ROW_ARRAYS)
+        return self._group_kinds[spec.array_group] - thinned
 
     def requests(self) -> list[Request]:
         """Sequences, in order of their start; only those with committed tokens."""
@@ -173,10 +225,11 @@ class Trace:
             ) from None
 
     def layer_data(self, layer: int, request: int = 0) -> LayerData:
-        """q, k, v and lse of one layer of one request, as float32."""
+        """q, k, v, lse and received of one layer of one request, as float32."""
         rows = self.request_rows(request)
         spec = self._layer(layer, request)
-        found = {kind: self._read(kind, spec, rows) for kind in ("q", "k", "v", "lse")}
+        kinds = ("q", "k", "v", "lse", "received")
+        found = {kind: self._read(kind, spec, rows) for kind in kinds}
         return LayerData(spec, **found)
 
     def row_array(self, kind: str, layer: int, request: int = 0) -> Float:
@@ -203,7 +256,7 @@ class Trace:
         Parameters
         ----------
         layer, head : int
-            Layer and query head.
+            Layer and query head, by the model's own numbers.
         rows, keys : slice, int array or None
             Positions in the request; None is all.
         request : int
@@ -212,19 +265,18 @@ class Trace:
         Returns
         -------
         numpy.ndarray
-            float32 [row, key]; zero where the key was not visible.
+            float32 [row, key]; zero where the key was not visible, NaN where the row's query
+            was not kept.
 
         Raises
         ------
         InputError
-            For a layer, head or position the trace does not have, or a trace without q and k.
+            For a layer, head or position the trace does not have, a trace without q and k, and
+            rows of which none has its query.
         """
         index = self.request_rows(request)
         spec = self._layer(layer, request)
-        if not 0 <= head < spec.num_q_heads:
-            raise InputError(
-                f"head {head} was not found in layer {layer}; it has 0 to {spec.num_q_heads - 1}"
-            )
+        at = spec.q_head_index(head)
         row_at, key_at = _positions(rows, len(index)), _positions(keys, len(index))
         q = self._read("q", spec, index[row_at])
         k = self._read("k", spec, index[key_at])
@@ -234,9 +286,17 @@ class Trace:
                 f"{self.path} was recorded without q, k or lse; attention needs all three;"
                 " record with --detail qk or qkv"
             )
+        known = self._has_query[index[row_at]]
+        if len(row_at) and not known.any():
+            raise InputError(
+                f"none of the {len(row_at)} rows asked for has its query in {self.path}, which kept"
+                f" {self.holdings(request).query_text} of the prompt's; ask for other rows"
+            )
         found = attention.weights(
-            q[:, head], k[:, head // spec.group_size], lse[:, head], row_at, key_at, spec
+            q[:, at], k[:, at // spec.group_size], lse[:, at], row_at, key_at, spec
         )
+        # Hidden keys were set to zero in these rows too.
+        found[~known] = np.nan
         return np.asarray(found, np.float32)
 
     def replays(self) -> pa.Table:
@@ -263,6 +323,57 @@ class Trace:
         )
         forks = [Fork(**fork) for fork in self.table("forks").to_pylist()]
         return rows_by_request(row, request, position, forks)
+
+    @cached_property
+    def _group_kinds(self) -> dict[int, frozenset[str]]:
+        """Kinds of row arrays of each group of layers."""
+        groups = {layer.array_group for layer in self.layers}
+        has = self._store.has_array
+        return {
+            group: frozenset(kind for kind in ROW_ARRAYS if has(array_name(kind, group)))
+            for group in groups
+        }
+
+    @cached_property
+    def _prompt_tokens(self) -> dict[int, int]:
+        found = self.table("requests")
+        counts = found["prompt_tokens"].to_pylist()
+        return dict(zip(found["request"].to_pylist(), counts, strict=True))
+
+    @cached_property
+    def _has_query(self) -> NDArray[np.bool_]:
+        """[row]: whether the row's q and lse were kept."""
+        found = self.table("rows")
+        held = np.zeros(self.rows, bool)
+        rows = found["row"].to_numpy()
+        inside = rows < self.rows
+        held[rows[inside]] = found["has_query"].to_numpy()[inside]
+        return held
+
+    @cached_property
+    def _thinned(self) -> dict[tuple[int, int, str], int]:
+        """First row that an array no longer holds, by model, layer and kind; complete ones not."""
+        steps, rows = self.table("steps"), self.table("rows")
+        models = dict(zip(steps["step"].to_pylist(), steps["model"].to_pylist(), strict=True))
+        of_row = np.array([models.get(step, -1) for step in rows["step"].to_pylist()], np.int64)
+        ids = rows["row"].to_numpy()
+        found: dict[tuple[int, int, str], int] = {}
+        # An encoder's layers and cross attention hold nothing of a decoder's rows.
+        pairs = {spec.model for spec in self.layers if spec.attention_kind == "cross"}
+        for spec in self.layers:
+            if spec.model in pairs and spec.attention_kind in ("cross", "bidirectional"):
+                continue
+            mine = ids[(of_row == spec.model) & (ids < self.rows)]
+            for kind in ("k", "v", "key_norm", "value_norm"):
+                if kind in self._group_kinds[spec.array_group]:
+                    ends = first_missing(mine, partial(self._is_held, kind, spec))
+                    if ends is not None:
+                        found[spec.model, spec.layer, kind] = ends
+        return found
+
+    def _is_held(self, kind: str, spec: Layer, row: int) -> bool:
+        array = self._store.array(array_name(kind, spec.array_group))
+        return bool(np.isfinite(array.read(row, row + 1, spec.array_index)).all())
 
     def _layer(self, layer: int, request: int) -> Layer:
         model = self._models[request]

@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 
 from kvtrace import database
 from kvtrace.errors import InputError, TraceError
-from kvtrace.layout import DETAIL_ARRAYS, array_name, rank_directory
+from kvtrace.layout import DETAIL_ARRAYS, QUERY_ARRAYS, array_name, rank_directory
 from kvtrace.manifest import Manifest, is_trace
 from kvtrace.store import StoreWriter
 from kvtrace.version import __version__
 
 Array = NDArray[Any]
+Rows = NDArray[np.int64]
 
+#: Rows that are filled up with NaN at a time where some have no query.
+STRETCH_ROWS = 4096
 #: Axes behind (row, layer) of each kind of row array, and its type where that is not the trace's.
 ROW_ARRAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "q": (("q_head", "head_dim"), None),
@@ -33,7 +36,12 @@ ROW_ARRAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "v": (("kv_head", "value_dim"), None),
     "lse": (("q_head",), "float32"),
     "q_prerope": (("q_head", "head_dim"), None),
+    "key_norm": (("kv_head",), "float32"),
+    "value_norm": (("kv_head",), "float32"),
+    "received": (("q_head",), "float32"),
 }
+#: Kinds that grow after their rows were written; see `kvtrace.sums`.
+SUM_ARRAYS = frozenset({"received"})
 #: Why values of a float16 trace differ; infinities would make whole rows unusable.
 NARROWED = "beyond the range of float16, stored as its largest; record with dtype float32"
 _AXIS_FIELD = {
@@ -85,12 +93,14 @@ class TraceWriter:
         Where the data comes from; shown wherever the trace is.
     command : sequence of str
         The command line, for the record.
-    detail : {"events", "qk", "qkv"}
+    detail : {"events", "summary", "qk", "qkv"}
         Which arrays are kept.
     dtype : {"float16", "float32"}
         Storage type of q, k and v.
     extra : sequence of str
         Further row arrays ("q_prerope").
+    selection : mapping, optional
+        What of them was asked for (layers, heads, queries, max_bytes); kept as `runs.selection`.
     force : bool
         Replace an existing trace. Nothing but a trace or an empty directory is ever replaced.
     versions : mapping of str to str, optional
@@ -113,6 +123,7 @@ class TraceWriter:
         detail: str = "qkv",
         dtype: str = "float16",
         extra: Sequence[str] = (),
+        selection: Mapping[str, Any] | None = None,
         force: bool = False,
         versions: Mapping[str, str] | None = None,
     ) -> None:
@@ -121,19 +132,26 @@ class TraceWriter:
         self.path = Path(path)
         _make_directory(self.path, force=force)
         self.dtype = dtype
-        self._kinds = (*DETAIL_ARRAYS[detail], *extra)
+        kinds = (*DETAIL_ARRAYS[detail], *extra)
+        self._kinds = tuple(kind for kind in kinds if kind not in SUM_ARRAYS)
+        self._group_specs: dict[int, list[LayerSpec]] = {}
+        self._summed: set[int] = set()
         self._lanes: dict[tuple[int, int], _Lane] = {}
         self._groups = 0
         self._awaited: set[tuple[int, int]] = set()
         self._step_rows = 0
         self._step_model = 0
+        #: Which rows of the step have a query; None where all.
+        self._queries: Rows | None = None
         self._overflow: dict[str, int] = {}
         self._models = 0
         self._closed = False
         now = time.time_ns()
         Manifest(__version__, now, source, list(command)).write(self.path)
         self._store = StoreWriter(self.path / rank_directory(0))
-        self.append("runs", _run_row(now, source, command, detail, dtype, versions or {}))
+        self.append(
+            "runs", _run_row(now, source, command, detail, dtype, versions or {}, selection)
+        )
         self.rows = 0
 
     def add_model(self, *, config: Mapping[str, Any] | None = None, **columns: Any) -> int:
@@ -154,7 +172,9 @@ class TraceWriter:
         for specs in by_shape.values():
             group = self._groups
             self._groups += 1
-            self._declare_group(group, specs)
+            self._group_specs[group] = specs
+            for kind in self._kinds:
+                self._declare(kind, group)
             for index, spec in enumerate(specs):
                 self._lanes[model, spec.layer] = _Lane(group, index, self._kinds, spec)
                 row = {
@@ -199,7 +219,9 @@ class TraceWriter:
             As registered.
         **arrays : numpy.ndarray or None
             q [n, q_head, head_dim], k [n, kv_head, head_dim], v [n, kv_head, value_dim],
-            lse [n, q_head]; a kept kind that is missing or None is stored as NaN.
+            lse [n, q_head], key_norm, value_norm [n, kv_head]; a kept kind that is missing or
+            None is stored as NaN. q, lse and q_prerope hold only the rows that `has_query` of
+            table `rows` says have one; the others are NaN.
 
         Raises
         ------
@@ -218,6 +240,25 @@ class TraceWriter:
             else:
                 self._append_values(name, lane.index, kind, values)
         self._awaited.discard((model, layer))
+
+    def add_received(self, model: int, layer: int, rows: Rows, values: Array) -> None:
+        """Add to what keys have received from the queries of their prompt.
+
+        Parameters
+        ----------
+        model, layer : int
+            As registered.
+        rows : numpy.ndarray
+            [n], the keys' rows, ascending; they may lie in steps long written.
+        values : numpy.ndarray
+            [n, q_head] float32, attention after the softmax, summed over some queries.
+        """
+        lane = self._lanes[model, layer]
+        if lane.group not in self._summed:
+            # Made when first needed: whether every query is kept may change while recording.
+            self._summed.add(lane.group)
+            self._declare("received", lane.group)
+        self._store.add_rows(array_name("received", lane.group), lane.index, rows, values)
 
     def skip_layer(self, model: int, layer: int, reason: str) -> None:
         """Store the current step's rows of a layer as NaN, with a row in `gaps`."""
@@ -261,23 +302,23 @@ class TraceWriter:
     ) -> None:
         self.close(complete=error is None)
 
-    def _declare_group(self, group: int, specs: Sequence[LayerSpec]) -> None:
-        first = specs[0]
-        for kind in self._kinds:
-            axes, dtype = ROW_ARRAYS[kind]
-            tail = (len(specs), *(int(getattr(first, _AXIS_FIELD[axis])) for axis in axes))
-            name, dtype = array_name(kind, group), dtype or self.dtype
-            names = ",".join(("row", "layer", *axes))
-            self._store.declare_array(name, tail=tail, dtype=dtype, axes=names)
-            row = {
-                "name": name,
-                "kind": kind,
-                "array_group": group,
-                "dtype": dtype,
-                "shape": json.dumps(tail),
-                "axes": names,
-            }
-            self.append("array_catalog", {key: [value] for key, value in row.items()})
+    def _declare(self, kind: str, group: int) -> None:
+        specs = self._group_specs[group]
+        axes, dtype = ROW_ARRAYS[kind]
+        tail = (len(specs), *(int(getattr(specs[0], _AXIS_FIELD[axis])) for axis in axes))
+        name, dtype = array_name(kind, group), dtype or self.dtype
+        names = ",".join(("row", "layer", *axes))
+        declare = self._store.declare_sums if kind in SUM_ARRAYS else self._store.declare_array
+        declare(name, tail=tail, dtype=dtype, axes=names)
+        row = {
+            "name": name,
+            "kind": kind,
+            "array_group": group,
+            "dtype": dtype,
+            "shape": json.dumps(tail),
+            "axes": names,
+        }
+        self.append("array_catalog", {key: [value] for key, value in row.items()})
 
     def _begin_step(self, values: Mapping[str, Sequence[Any] | Array]) -> None:
         self._finish_step("the model did not run this layer in this step")
@@ -285,6 +326,8 @@ class TraceWriter:
         if not np.array_equal(ids, np.arange(self.rows, self.rows + len(ids))):
             raise ValueError(f"row ids must go on from {self.rows}")
         self._step_rows = len(ids)
+        asked = np.asarray(values["has_query"], bool)
+        self._queries = None if asked.all() else np.flatnonzero(asked)
         self.rows += len(ids)
         self._awaited = {key for key in self._lanes if key[0] == self._step_model}
 
@@ -293,8 +336,10 @@ class TraceWriter:
             self.skip_layer(model, layer, reason)
 
     def _append_values(self, name: str, lane: int, kind: str, values: Array) -> None:
-        if len(values) != self._step_rows:
-            raise ValueError(f"{kind} has {len(values)} rows; the step has {self._step_rows}")
+        queries = self._queries if kind in QUERY_ARRAYS else None
+        expected = self._step_rows if queries is None else len(queries)
+        if len(values) != expected:
+            raise ValueError(f"{kind} has {len(values)} rows; the step has {expected}")
         stored = np.dtype(ROW_ARRAYS[kind][1] or self.dtype)
         if values.dtype != stored:
             largest = np.finfo(stored).max
@@ -302,7 +347,23 @@ class TraceWriter:
                 self._overflow[kind] = self._overflow.get(kind, 0) + lost
                 values = np.clip(values, -largest, largest)
             values = values.astype(stored)
-        self._store.append_lane(name, lane, values)
+        if queries is None:
+            self._store.append_lane(name, lane, values)
+        else:
+            self._append_some(name, lane, values, queries)
+
+    def _append_some(self, name: str, lane: int, values: Array, queries: Rows) -> None:
+        """Append the step's rows of which only `queries` have values, a stretch at a time."""
+        first = self.rows - self._step_rows
+        for start in range(0, self._step_rows, STRETCH_ROWS):
+            stop = min(start + STRETCH_ROWS, self._step_rows)
+            low, high = np.searchsorted(queries, (start, stop))
+            if low < high:
+                block = np.full((stop - start, *values.shape[1:]), np.nan, values.dtype)
+                block[queries[low:high] - start] = values[low:high]
+                self._store.append_lane(name, lane, block)
+            else:
+                self._store.pad(name, lane, first + stop)
 
     def _pad_lanes(self) -> None:
         # Rows of one model are holes in the arrays of another.
@@ -364,6 +425,7 @@ def _run_row(
     detail: str,
     dtype: str,
     versions: Mapping[str, str],
+    selection: Mapping[str, Any] | None,
 ) -> dict[str, list[Any]]:
     row = {
         "run": 0,
@@ -378,5 +440,6 @@ def _run_row(
         "transformers": versions.get("transformers"),
         "detail": detail,
         "dtype": dtype,
+        "selection": None if selection is None else json.dumps(dict(selection)),
     }
     return {name: [value] for name, value in row.items()}

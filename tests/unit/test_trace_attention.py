@@ -62,7 +62,7 @@ def test_a_tile_is_a_part_of_the_whole(synthetic_trace: SyntheticTrace) -> None:
     ("arguments", "message"),
     [
         ({"layer": 7, "head": 0}, "layer 7 was not found"),
-        ({"layer": 0, "head": 4}, "head 4 was not found in layer 0; it has 0 to 3"),
+        ({"layer": 0, "head": 4}, "head 4 was not found in layer 0; it has 0-3"),
         ({"layer": 0, "head": 0, "request": 5}, "request 5 was not found"),
         ({"layer": 0, "head": 0, "rows": np.array([99])}, "the request has 0 to 42"),
     ],

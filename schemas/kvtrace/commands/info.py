@@ -14,6 +14,7 @@ from rich.table import Table
 
 import kvtrace
 from kvtrace.console import console, human_bytes
+from kvtrace.model import number_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +54,10 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "steps": trace.table("steps").num_rows,
         "bytes": trace.bytes,
         "signals": sorted(trace.signals),
+        "kinds": sorted(set(trace.table("array_catalog")["kind"].to_pylist())),
+        "queries": trace.queries,
+        "selection": trace.selection,
+        "verified": trace.table("verifications").to_pylist(),
         "gaps": trace.table("gaps").to_pylist(),
         "replays": trace.replays()["replay"].to_pylist(),
         "replayable": _replayable(trace),
@@ -83,6 +88,9 @@ def _show(found: dict[str, Any]) -> None:
         f" {found['layers']} attention layers, {human_bytes(found['bytes'])}"
     )
     out.print(f"detail    {found['detail']} in {found['dtype']}: {_precision(found)}")
+    out.print(f"queries   {_selected(found)}")
+    if found["verified"]:
+        out.print(f"verified  {_verified(found['verified'])}")
     out.print(f"replays   {', '.join(found['replays']) or 'none yet: kvtrace replay'}")
     for gap in found["gaps"]:
         out.print(f"gap       {gap['count']} {gap['what']}: {gap['reason']}")
@@ -91,10 +99,33 @@ def _show(found: dict[str, Any]) -> None:
     if not found["replayable"]:
         out.print("which policies it can replay: pip install 'kvtrace[viewer]'", markup=False)
         return
-    table = Table("policy", "exactness", "why", title="replayable", title_justify="left")
+    table = Table("policy", "replays", "exactness", "why", title="replayable")
+    table.title_justify = "left"
     for row in found["replayable"]:
-        table.add_row(row["policy"], row["exactness"], row["reason"])
+        table.add_row(row["policy"], row["replay"], row["exactness"], row["reason"])
     out.print(table)
+
+
+def _selected(found: dict[str, Any]) -> str:
+    """Which queries there are, and what else was asked for."""
+    asked = found["selection"]
+    numbers = [
+        f"{name} {number_text(asked[name])} only"
+        for name in ("layers", "heads")
+        if asked.get(name) is not None
+    ]
+    limit = asked.get("max_bytes")
+    limits = [] if limit is None else [f"at most {human_bytes(limit)} before compression"]
+    prompts = f"of the prompts {found['queries']}, of every decoded token"
+    return "; ".join([prompts if "q" in found["kinds"] else "none", *numbers, *limits])
+
+
+def _verified(rows: list[dict[str, Any]]) -> str:
+    worst = max(rows, key=lambda row: float(row["max_error"]))
+    return (
+        f"attention outputs of {sum(row['rows'] for row in rows)} rows recomputed from the trace:"
+        f" largest relative error {worst['max_error']:.1e} (layer {worst['layer']})"
+    )
 
 
 def _precision(found: dict[str, Any]) -> str:

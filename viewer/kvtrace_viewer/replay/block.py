@@ -22,7 +22,7 @@ class Head:
     Attributes
     ----------
     q : float32 [token, query head of the group, head_dim]
-        Queries as the model used them (after RoPE).
+        Queries as the model used them (after RoPE); zero where the trace does not hold them.
     k, v : float32 [token, head_dim]
         Keys and values; v is None where the trace has none.
     lse : float32 [token, query head of the group] or None
@@ -37,6 +37,9 @@ class Head:
         Scores are softcap * tanh(score / softcap).
     has_sinks : bool
         Whether a learned sink takes its part of every row's attention.
+    received : float32 [token, query head of the group] or None
+        Attention that the prompt's tokens received from all of its queries, zero for the others;
+        only where the trace does not hold all of those queries.
     layer, kv_head, num_layers : int
         Where the head stands in the model.
     """
@@ -50,6 +53,7 @@ class Head:
     window: int | None = None
     softcap: float | None = None
     has_sinks: bool = False
+    received: Floats | None = None
     layer: int = 0
     kv_head: int = 0
     num_layers: int = 1
@@ -71,6 +75,13 @@ class Head:
             return np.ones(self.tokens, dtype=np.bool_)
         return np.asarray(np.isfinite(self.lse).all(axis=1))
 
+    @cached_property
+    def received_in_prompt(self) -> NDArray[np.float64]:
+        """[token]: `received` summed over the group; zeros where rows say it."""
+        if self.received is None:
+            return np.zeros(self.tokens)
+        return np.asarray(self.received.sum(axis=1, dtype=np.float64))
+
     def rows(self, start: int, stop: int, buffer: Floats) -> Floats:
         """Attention of queries start..stop-1: float32 [query head, row, key 0..stop-1].
 
@@ -79,6 +90,9 @@ class Head:
         """
         size = self.group * (stop - start) * stop
         scores = buffer[:size].reshape(self.group * (stop - start), stop)
+        if not self.has_query[start:stop].any():
+            scores[:] = 0
+            return scores.reshape(self.group, stop - start, stop)
         queries = np.ascontiguousarray(self.q[start:stop].transpose(1, 0, 2))
         np.matmul(queries.reshape(-1, queries.shape[2]), self.k[:stop].T, out=scores)
         scores *= np.float32(self.scale)
@@ -153,6 +167,16 @@ class Block:
     def received(self) -> NDArray[np.float64]:
         """[row, key]: attention summed over the group's query heads."""
         return np.asarray(self.attention.sum(axis=0, dtype=np.float64))
+
+    @property
+    def is_summed(self) -> bool:
+        """Whether `Head.received` holds what these rows gave: the prompt's, on a thinned trace."""
+        return self.head.received is not None and self.stop <= self.head.prompt_tokens
+
+    @property
+    def newly_received(self) -> NDArray[np.float64]:
+        """[row, key]: as `received`; zeros where `Head.received` already counts the rows."""
+        return np.zeros_like(self.received) if self.is_summed else self.received
 
     @cached_property
     def row_sums(self) -> NDArray[np.float64]:

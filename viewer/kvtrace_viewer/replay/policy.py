@@ -49,12 +49,19 @@ class Policy:
     """Whether it reads `Block.layer`, the rows of the other heads."""
     needs_held: ClassVar[bool] = False
     """Whether scores depend on what is held: then `score_held` is asked instead of `scores`."""
+    takes_received: ClassVar[bool] = False
+    """Whether `Head.received` can stand for the prompt's queries; see `Block.is_summed`."""
     looks_ahead: ClassVar[bool] = False
     """Whether the engine must call `look_ahead` for every block, last first, before the replay."""
 
     def __post_init__(self) -> None:
         recent = parse_amount(self.recent, f"recent of {self.name}", "recent=32 or recent=50%")
         object.__setattr__(self, "recent", recent)
+
+    @property
+    def prompt_queries(self) -> int | None:
+        """Last queries of the prompt that decisions after it need; None: all of them."""
+        return None if "q" in self.signals else 0
 
     def start(self, head: Head, cuts: Cuts) -> Any:
         """Return the state of one head before its first block; None where nothing is kept."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvtrace.errors import InputError
+from kvtrace.holdings import Holdings
+from kvtrace.model import number_text
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.policies import POLICIES
 from kvtrace_viewer.replay.policy import Policy
-from kvtrace_viewer.replay.when import parse_when
+from kvtrace_viewer.replay.when import When, parse_when
 
 WHY = {
     "E0": "position alone decides: exact",
@@ -14,45 +18,91 @@ WHY = {
     "E2": "decides while decoding: exact in layer 0 and at the first eviction, "
     "then on the full-cache run's q, k, v",
 }
+HOW = {"E0": "exactly", "E1": "exactly", "E2": "approximately"}
 
 
 def replayable(trace: Trace) -> list[dict[str, str]]:
-    """Return a row per policy: `policy`, `exactness` (as it decides in its paper) and `reason`.
+    """Return a row per policy.
 
-    Where the trace lacks what the policy needs, exactness is `no` and the reason says why.
+    `policy`; `replay`, one of exactly, approximately (as a real run within what `exactness` says)
+    and no; `exactness` as the policy decides in its paper, or `no`; and `reason`. A policy that
+    cannot be replayed at its own rhythm but right after the prompt says so.
     """
-    found = []
-    signals = trace.signals
-    for name, kind in POLICIES.items():
-        problem = obstacle(trace, signals, kind())
-        exactness = kind().exactness(parse_when(kind.default_when))
-        found.append(
-            {
-                "policy": name,
-                "exactness": "no" if problem else exactness,
-                "reason": problem or WHY[exactness],
-            }
-        )
-    return found
+    held = [trace.holdings(one.request) for one in trace.requests()]
+    return [_row(trace, held, name, kind()) for name, kind in POLICIES.items()]
 
 
-def obstacle(trace: Trace, signals: frozenset[str], policy: Policy) -> str | None:
-    """Why `policy` cannot be replayed on this trace; None where it can.
+def _row(trace: Trace, held: Sequence[Holdings], name: str, policy: Policy) -> dict[str, str]:
+    problem = None
+    for rhythm in dict.fromkeys((policy.default_when, "prefill")):
+        when = parse_when(rhythm)
+        found = obstacle(trace, held, policy, when)
+        if found is None:
+            exactness = policy.exactness(when)
+            reason = WHY[exactness] + (f", with --when {when} ({problem})" if problem else "")
+            if policy.takes_received and not all(one.has_all_queries for one in held):
+                reason += "; the prompt's attention comes from `received`"
+            return _as_row(name, HOW[exactness], exactness, reason)
+        problem = problem or found
+    return _as_row(name, "no", "no", problem or "")
 
-    `signals` are the trace's, which are costly to ask for. Retained mass and hits need every
-    attention row, so q and k are needed whatever decides.
+
+def _as_row(policy: str, replay: str, exactness: str, reason: str) -> dict[str, str]:
+    return {"policy": policy, "replay": replay, "exactness": exactness, "reason": reason}
+
+
+def obstacle(trace: Trace, held: Sequence[Holdings], policy: Policy, when: When) -> str | None:
+    """Why `policy` cannot be replayed on the requests that `held` describes; None where it can.
+
+    Keys are needed whatever decides, in every replayed layer, and the queries of all rows that
+    are measured: those after the first cut.
     """
-    missing = sorted((policy.signals | {"q", "k"}) - signals)
-    if missing:
-        return f"the trace lacks {', '.join(missing)} for some rows"
-    if any(layer.attention_kind == "bidirectional" for layer in trace.layers):
+    layers = trace.layers
+    if any(layer.attention_kind == "bidirectional" for layer in layers):
         return "attention runs both ways, so there is no KV cache to evict from"
-    if "lse" not in signals and any(layer.has_sinks for layer in trace.layers):
+    kept = {kind for layer in layers_held(held) for kind in held[0].layers[layer]} if held else ()
+    missing = [kind for kind in ("k", "q") if kind not in kept]
+    if missing:
+        return f"the trace lacks {', '.join(missing)}"
+    if "lse" not in kept and any(layer.has_sinks for layer in layers):
         return "the model has learned sinks, and the trace lacks lse"
+    if "v" in policy.signals and set(layers_held(held, "v")) != set(layers_held(held)):
+        return "the trace lacks v in some layers"
+    if policy.across_heads and any(layer.kv_heads is not None for layer in layers):
+        return "it decides from all heads of a layer, and only some were kept"
+    return _query_obstacle(held, policy, when)
+
+
+def layers_held(held: Sequence[Holdings], *kinds: str) -> list[int]:
+    """Layers that hold the keys of every token of all requests, and `kinds` too."""
+    found = [set(one.layers_with("k", *kinds)) for one in held]
+    return sorted(set.intersection(*found)) if found else []
+
+
+def _query_obstacle(held: Sequence[Holdings], policy: Policy, when: When) -> str | None:
+    partial = [one for one in held if not one.has_all_queries]
+    if not partial:
+        return None
+    if not all(one.has_decoded_queries for one in partial):
+        return "the trace lacks the queries of decoded tokens, which are what is measured"
+    texts = ", ".join(dict.fromkeys(one.query_text for one in partial))
+    kept = f"of the prompt's queries the trace kept {texts}"
+    if when.kind == "stream":
+        return f"stream cuts and measures at every token of the prompt, and {kept}"
+    needed = policy.prompt_queries
+    if needed is None and policy.takes_received:
+        layers = layers_held(held)
+        if all(set(layers) <= set(one.layers_with("received")) for one in partial):
+            return None
+        return f"it needs the attention of the whole prompt; {kept}, and no `received`"
+    if needed is None:
+        return f"it needs the attention of the whole prompt, and {kept}"
+    if any(one.last_prompt_queries < min(needed, one.prompt_tokens) for one in partial):
+        return f"it needs the last {needed} queries of the prompt, and {kept}"
     return None
 
 
-def check(trace: Trace, policies: list[Policy]) -> None:
+def check(trace: Trace, requests: Sequence[int], policies: Sequence[tuple[Policy, When]]) -> None:
     """Refuse what cannot be replayed.
 
     Raises
@@ -60,16 +110,24 @@ def check(trace: Trace, policies: list[Policy]) -> None:
     InputError
         With the reason.
     """
-    if not trace.rows or not trace.requests():
+    if not trace.rows or not requests:
         raise InputError(
             f"{trace.path} holds no tokens; a replay needs at least one; record a run first"
         )
-    signals = trace.signals
-    for policy in policies:
-        problem = obstacle(trace, signals, policy)
+    held = [trace.holdings(request) for request in requests]
+    for policy, when in policies:
+        problem = obstacle(trace, held, policy, when)
         if problem:
             raise InputError(
-                f"{policy.name} cannot be replayed on {trace.path}: {problem}; "
+                f"{policy.name} cannot be replayed on {trace.path} with --when {when}: {problem}; "
                 "a decoder's trace with q and k of every row was expected; "
-                "record it with --detail qk or qkv"
+                "record it with --detail qk or qkv and --queries all, or see `kvtrace info`"
             )
+
+
+def left_out(trace: Trace, held: Sequence[Holdings]) -> str | None:
+    """Which layers a replay leaves out, and why; None where none."""
+    missing = sorted({layer.layer for layer in trace.layers} - set(layers_held(held)))
+    if not missing:
+        return None
+    return f"layers {number_text(missing)} are left out: the trace does not hold all their keys"

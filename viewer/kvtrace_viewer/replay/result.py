@@ -96,7 +96,8 @@ class Result:
     steps: Columns = field(repr=False)
     heads: Columns = field(repr=False)
     requests: dict[int, ReplayedRequest] = field(repr=False)
-    kv_heads: dict[int, int] = field(repr=False)
+    kv_heads: dict[int, list[int]] = field(repr=False)
+    """The model's numbers of the replayed KV heads, by layer."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers, as `kvtrace replay --json` prints them."""
@@ -150,6 +151,6 @@ class Result:
         gone = self.evicted_at[found.rows[: found.last_cut + 1]]
         held = (gone < 0) | (gone > found.last_cut)
         return {
-            layer: {head: np.flatnonzero(held[:, layer, head]) for head in range(count)}
-            for layer, count in self.kv_heads.items()
+            layer: {head: np.flatnonzero(held[:, layer, head]) for head in heads}
+            for layer, heads in self.kv_heads.items()
         }

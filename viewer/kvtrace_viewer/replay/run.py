@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
+from kvtrace.holdings import Holdings
 from kvtrace.model import LayerData, Request
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.amounts import Budget, parse_budget
@@ -19,7 +20,7 @@ from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
 from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.measure import Measures
 from kvtrace_viewer.replay.policy import Policy
-from kvtrace_viewer.replay.replayable import check
+from kvtrace_viewer.replay.replayable import check, layers_held, left_out
 from kvtrace_viewer.replay.result import ReplayedRequest, Result
 from kvtrace_viewer.replay.spec import parse_policy
 from kvtrace_viewer.replay.storage import store_result
@@ -58,7 +59,8 @@ def replay(
     Parameters
     ----------
     trace : Trace
-        With q and k of every row; v for the output error.
+        With k of every row, the queries that the policies and the measured rows need, and v for
+        the output error.
     policies : sequence of str or Policy
         `name[:key=value,...]`, or policy objects.
     budgets : sequence of str, int or Budget
@@ -90,9 +92,9 @@ def replay(
     >>> replay(trace, ["h2o", "streaming_llm:sinks=4"], ["25%", 128])      # doctest: +SKIP
     """
     pairs = _pairs(policies, budgets, when)
-    check(trace, [pair.policy for pair in pairs])
     chosen = _requests(trace, requests)
-    work = _Work(trace, pairs, measures or Measures(), progress or (lambda share: None))
+    check(trace, [r.request for r in chosen], [(pair.policy, pair.when) for pair in pairs])
+    work = _Work(trace, chosen, pairs, measures or Measures(), progress or (lambda share: None))
     with workers() as pool:
         for request in chosen:
             work.add(request, pool, of=sum(r.tokens for r in chosen))
@@ -153,6 +155,7 @@ class _Work:
     """Collects the results of all pairs, request by request and layer by layer."""
 
     trace: Trace
+    requests: list[Request]
     pairs: list[Pair]
     measures: Measures
     progress: Callable[[float], None]
@@ -162,9 +165,15 @@ class _Work:
     replayed: dict[int, tuple[Request, NDArray[np.int64]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        layers = self.trace.layers
-        self.kv_heads = {layer.layer: layer.num_kv_heads for layer in layers}
-        shape = (self.trace.rows, max(self.kv_heads) + 1, max(self.kv_heads.values()))
+        self.held = {r.request: self.trace.holdings(r.request) for r in self.requests}
+        self.layers = layers_held(list(self.held.values()))
+        self.kv_heads = {
+            layer.layer: layer.kv_head_numbers
+            for layer in self.trace.layers
+            if layer.layer in self.layers
+        }
+        heads = 1 + max(max(numbers) for numbers in self.kv_heads.values())
+        shape = (self.trace.rows, max(self.kv_heads) + 1, heads)
         self.evicted_at = np.full((len(self.pairs), *shape), -1, dtype=np.int32)
 
     def add(self, request: Request, pool: Executor, of: int) -> None:
@@ -173,7 +182,9 @@ class _Work:
         self.replayed[request.request] = (request, rows)
         steps = StepTotals.zeros(len(self.pairs), len(rows))
         self.steps[request.request] = steps
-        layers = [layer.layer for layer in self.trace.layers if layer.model == request.model]
+        held = self.held[request.request]
+        of_model = [layer.layer for layer in self.trace.layers if layer.model == request.model]
+        layers = [layer for layer in of_model if layer in self.layers]
 
         def passed(count: int) -> None:
             self.done += count
@@ -181,9 +192,17 @@ class _Work:
 
         for layer in layers:
             data = self.trace.layer_data(layer, request.request)
-            heads = heads_of(data, request, num_layers=len(layers))
+            data = as_held(data, held)
+            heads = heads_of(data, request, num_layers=self.num_layers(request.model, of_model))
             for head in replay_layer(heads, _runs(self.pairs), self.measures, pool, passed):
                 self._collect(head, rows, steps)
+
+    def num_layers(self, model: int, recorded: list[int]) -> int:
+        """Layers of the model that attend, also those that were not asked for."""
+        if self.trace.selection.get("layers") is None:
+            return len(recorded)
+        count = self.trace.table("models")["num_layers"].to_pylist()[model]
+        return max(count or 0, recorded[-1] + 1)
 
     def _collect(self, head: HeadReplay, rows: NDArray[np.int64], steps: StepTotals) -> None:
         where = (head.head.layer, head.head.kv_head)
@@ -239,16 +258,22 @@ class _Work:
         return "-request=" + ".".join(map(str, self.replayed))
 
     def _notes(self, pair: Pair) -> tuple[str, ...]:
+        found = [note for note in (left_out(self.trace, list(self.held.values())),) if note]
+        missing = sum(int((~held.queries).sum()) for held in self.held.values())
+        if missing:
+            found.append(
+                f"{missing:,} queries of the prompts were not kept: sinks are told by the others"
+            )
         present = max(len(rows) for _, rows in self.replayed.values())
         limit = pair.budget.limits(np.array([present]))
         last = max(int(pair.policy.recent.of(limit)[0]), pair.policy.least_recent)
         protected = pair.policy.sinks + last
-        if protected <= limit[0]:
-            return ()
-        return (
-            f"{pair.spec} at {pair.budget}: {protected} protected tokens do not fit; the first "
-            "were protected before the last, up to the budget",
-        )
+        if protected > limit[0]:
+            found.append(
+                f"{pair.spec} at {pair.budget}: {protected} protected tokens do not fit; the first "
+                "were protected before the last, up to the budget"
+            )
+        return tuple(found)
 
     def _steps(self, p: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
         parts = []
@@ -282,6 +307,21 @@ class _Work:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def as_held(data: LayerData, held: Holdings) -> LayerData:
+    """One layer of one request with what was thinned made explicit.
+
+    Queries that were not kept are zero (their rows are not measured), `received` is there only
+    where it must stand for them, and values only where every token has them.
+    """
+    kinds = held.layers[data.spec.layer]
+    v = data.v if "v" in kinds else None
+    if held.has_all_queries or data.q is None:
+        return replace(data, v=v, received=None)
+    q = np.where(held.queries[:, None, None], data.q, np.float32(0))
+    use = data.received if "received" in kinds else None
+    return replace(data, q=q, v=v, received=None if use is None else np.nan_to_num(use))
+
+
 def heads_of(data: LayerData, request: Request, num_layers: int) -> list[Head]:
     """One layer of one request as KV heads.
 
@@ -312,11 +352,14 @@ def heads_of(data: LayerData, request: Request, num_layers: int) -> list[Head]:
             window=spec.sliding_window,
             softcap=spec.softcap,
             has_sinks=spec.has_sinks,
+            received=None
+            if data.received is None
+            else data.received[:, h * group : (h + 1) * group],
             layer=spec.layer,
-            kv_head=h,
+            kv_head=number,
             num_layers=num_layers,
         )
-        for h in range(spec.num_kv_heads)
+        for h, number in enumerate(spec.kv_head_numbers)
     ]
 
 

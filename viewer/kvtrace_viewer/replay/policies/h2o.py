@@ -29,6 +29,7 @@ class H2O(Policy):
     """
 
     name: ClassVar[str] = "h2o"
+    takes_received: ClassVar[bool] = True
 
     recent: Amount = parameter(  # noqa: RUF009 (a dataclass field; an Amount never changes)
         HALF, "last tokens that are never evicted", "tokens or % of budget"
@@ -42,11 +43,11 @@ class H2O(Policy):
     def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
         """[1 or budget, token]: accumulated attention."""
         budgets = cuts.limits.shape[1] if self.renormalise else 1
-        return np.zeros((budgets, head.tokens))
+        return np.tile(head.received_in_prompt, (budgets, 1))
 
     def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
         """Attention accumulated over full-cache rows."""
-        sums = block.received.cumsum(axis=0)
+        sums = block.newly_received.cumsum(axis=0)
         sums += state[0, : block.stop]
         state[0, : block.stop] = sums[-1]
         return sums[cuts.rows - block.start]
@@ -57,7 +58,8 @@ class H2O(Policy):
             cache.cut(cuts, self.scores(block, cuts, state))
         elif not len(cache.cuts.rows) or cache.cuts.rows[0] >= block.stop - 1:
             # Nothing is evicted before this block's last row: every budget sees full rows.
-            _accumulate(block.attention, block.row_sums + block.sink_share, state)
+            if not block.is_summed:
+                _accumulate(block.attention, block.row_sums + block.sink_share, state)
             cache.cut(cuts, state[:, None, : block.stop])
         else:
             _renormalised(

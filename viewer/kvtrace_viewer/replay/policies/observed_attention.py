@@ -22,15 +22,16 @@ class ObservedAttention(Policy):
     """
 
     name: ClassVar[str] = "observed_attention"
+    takes_received: ClassVar[bool] = True
     default_when: ClassVar[str] = "prefill"
 
     def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
         """[token]: attention received."""
-        return np.zeros(head.tokens)
+        return head.received_in_prompt.copy()
 
     def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
         """Mean attention over the queries that see a key."""
-        sums = block.received.cumsum(axis=0)
+        sums = block.newly_received.cumsum(axis=0)
         sums += state[: block.stop]
         state[: block.stop] = sums[-1]
         queries = cuts.rows[:, None] + 1 - np.arange(block.stop)

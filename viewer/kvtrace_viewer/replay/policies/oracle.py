@@ -45,6 +45,11 @@ class Oracle(Policy):
 
     prices: int = parameter(16, "prices tried, spaced evenly in log from 0.01 to 40", "prices", 1)
 
+    @property
+    def prompt_queries(self) -> int:
+        """None of them: only what comes after the first cut counts."""
+        return 0
+
     def start(self, head: Head, cuts: Cuts) -> Foresight:
         """Return the state: nothing known yet."""
         return Foresight(head, cuts, self.prices)

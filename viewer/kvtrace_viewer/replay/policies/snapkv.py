@@ -54,6 +54,11 @@ class SnapKV(Policy):
         """The window."""
         return self.window
 
+    @property
+    def prompt_queries(self) -> int:
+        """The window."""
+        return self.window
+
     def start(self, head: Head, cuts: Cuts) -> Votes:
         """Return the rows that vote."""
         return Votes(cuts.rows, [])

@@ -31,6 +31,11 @@ class TOVA(Policy):
         """The last token."""
         return 1
 
+    @property
+    def prompt_queries(self) -> int:
+        """The last, for a cut right after the prompt."""
+        return 1
+
     def score_held(
         self, held: NDArray[np.int64], limit: int, row: int, block: Block, state: Any
     ) -> NDArray[np.float64]:

@@ -1,0 +1,173 @@
+"""What of a model's attention is kept: layers, heads, queries, bytes; as asked for.
+
+Plain values, parsed in one place for Python and the command line. What follows from them while
+recording is `kvtrace_recorder.session.keeping`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace.errors import InputError
+
+Bools = NDArray[np.bool_]
+#: As the user gives numbers: "0,4-7", or a sequence.
+Numbers = str | Sequence[int] | None
+
+MAX_BYTES = "4GiB"
+LAST_QUERIES = 64
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("kmgt", start=1)
+    for kind, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Which queries of a prompt are kept; every decoded token's is.
+
+    Attributes
+    ----------
+    last : int or None
+        The last so many of each prefill step (a prompt given at once is one step).
+    every : int or None
+        Those whose position is a multiple, and the last of each prefill step.
+    """
+
+    last: int | None = None
+    every: int | None = None
+
+    @property
+    def is_all(self) -> bool:
+        """Whether none is left out."""
+        return self.last is None and self.every is None
+
+    def of(self, position: int, count: int) -> Bools:
+        """Which of `count` tokens from `position` on keep their query, in one prefill step."""
+        found = np.ones(count, bool)
+        if self.last is not None:
+            found[: max(0, count - self.last)] = False
+        elif self.every is not None:
+            found = (position + np.arange(count)) % self.every == 0
+            found[-1:] = True
+        return found
+
+    def __str__(self) -> str:
+        if self.last is not None:
+            return f"last={self.last}"
+        return "all" if self.every is None else f"every={self.every}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept of what the detail names.
+
+    Attributes
+    ----------
+    layers : frozenset of int or None
+        The model's layer numbers; None keeps all.
+    heads : tuple of int or None
+        KV heads of every layer, ascending; their query heads come with them.
+    queries : Queries
+        Of prompts.
+    max_bytes : int or None
+        Bytes of arrays and rows, before compression, above which nothing more is kept; what comes
+        before is thinned so that it lasts.
+    """
+
+    layers: frozenset[int] | None = None
+    heads: tuple[int, ...] | None = None
+    queries: Queries = Queries()
+    max_bytes: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As column `runs.selection` keeps it."""
+        return {
+            "layers": None if self.layers is None else sorted(self.layers),
+            "heads": None if self.heads is None else list(self.heads),
+            "queries": str(self.queries),
+            "max_bytes": self.max_bytes,
+        }
+
+
+def parse_selection(
+    layers: Numbers = None,
+    heads: Numbers = None,
+    queries: str = "all",
+    max_bytes: int | str | None = MAX_BYTES,
+) -> Selection:
+    """Read what the user asked for.
+
+    Parameters
+    ----------
+    layers, heads : str, sequence of int or None
+        Numbers from 0, such as "0,4-7"; None is all.
+    queries : str
+        all, last=N or every=N.
+    max_bytes : int, str or None
+        Bytes, or a number with a unit (4GiB, 500MB); None or "none" is no limit.
+
+    Raises
+    ------
+    InputError
+        For anything else.
+    """
+    chosen = _numbers("layers", layers)
+    kept = _numbers("heads", heads)
+    return Selection(
+        None if chosen is None else frozenset(chosen),
+        kept,
+        _queries(queries),
+        _bytes(max_bytes),
+    )
+
+
+def _numbers(name: str, given: Numbers) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    parts = given.split(",") if isinstance(given, str) else list(given)
+    found: set[int] = set()
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part))
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if last < first:
+            raise InputError(
+                f"{name} is {given!r}; numbers from 0 and ranges were expected; write"
+                f" --{name} 0,4-7"
+            )
+        found.update(range(first, last + 1))
+    if not found:
+        raise InputError(f"{name} is empty; at least one number was expected; leave it out for all")
+    return tuple(sorted(found))
+
+
+def _queries(given: str) -> Queries:
+    if given == "all":
+        return Queries()
+    match = re.fullmatch(r"(last|every)=([1-9]\d*)", str(given))
+    if match is None:
+        raise InputError(
+            f"queries is {given!r}; all, last=N or every=N was expected; write --queries last=64"
+        )
+    number = int(match[2])
+    return Queries(last=number) if match[1] == "last" else Queries(every=number)
+
+
+def _bytes(given: int | str | None) -> int | None:
+    if given is None or given == "none":
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(given).lower())
+    unit = _UNITS.get(match[2]) if match else None
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise InputError(
+            f"max-bytes is {given!r}; bytes with or without a unit, or none, were expected; write"
+            " --max-bytes 4GiB"
+        )
+    return int(float(match[1]) * unit)
