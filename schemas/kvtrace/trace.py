@@ -155,7 +155,7 @@ class Trace:
         rows = self.request_rows(request)
         model, prompt_tokens = self._models[request], self._prompt_tokens[request]
         specs = [spec for spec in self.layers if spec.model == model]
-        kinds = {spec.layer: self._stored(spec, int(rows[-1])) for spec in specs}
+        kinds = {spec.layer: self._stored(spec, int(rows.max())) for spec in specs}
         # Either all layers have it or none: a request that began under another rule has none.
         summed = [spec for spec in specs if "received" in kinds[spec.layer]]
         if summed and not self._is_held("received", summed[0], int(rows[0])):
