@@ -51,6 +51,10 @@ class Sequenced:
         Whether the request begins with this step.
     prompt_tokens : int
         Tokens of its prompt; known when it begins.
+    external_id : str or None
+        The request's id where it was asked for.
+    from_prompt : int or None
+        How many of the step's tokens are of the prompt; None: what the phase says.
     """
 
     request: int
@@ -59,6 +63,8 @@ class Sequenced:
     count: int
     new: bool
     prompt_tokens: int = 0
+    external_id: str | None = None
+    from_prompt: int | None = None
 
 
 @dataclass
@@ -102,14 +108,18 @@ class ForkedRequest:
 
 @dataclass
 class CacheEvent:
-    """A row of `kv_events` before it knows its step."""
+    """A row of `kv_events` before it knows its step; names as in schema.sql."""
 
     ts_ns: int
-    layer: int
+    layer: int | None
     event: str
     tokens: int
     nbytes: int
     device: str
+    request: int | None = None
+    block: int | None = None
+    cache_group: int | None = None
+    block_index: int | None = None
 
 
 @dataclass
@@ -121,7 +131,7 @@ class StepRecord:
     model : ModelInfo
         The model that ran.
     phase : str
-        prefill or decode.
+        prefill, decode, or mixed.
     batch_size : int
         Rows of the batch.
     num_tokens : int
@@ -181,7 +191,7 @@ class CacheChange:
     Attributes
     ----------
     events : tuple of CacheEvent
-        What each layer holds after it.
+        What each layer holds after it, or each block.
     forks : tuple of ForkedRequest
         Requests that became shorter and will not go on.
     """

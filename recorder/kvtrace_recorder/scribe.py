@@ -29,7 +29,19 @@ from kvtrace_recorder.messages import (
 #: Picks some rows of an array.
 Index = slice | NDArray[np.int64]
 
-_EVENT_COLUMNS = ("ts_ns", "step", "request", "layer", "event", "tokens", "bytes", "device")
+_EVENT_COLUMNS = (
+    "ts_ns",
+    "step",
+    "request",
+    "layer",
+    "block",
+    "event",
+    "tokens",
+    "bytes",
+    "device",
+    "cache_group",
+    "block_index",
+)
 #: Decode steps that wait to be written together, at most.
 HELD_STEPS = 64
 HELD_BYTES = 4 << 20
@@ -120,7 +132,7 @@ class Scribe:
             self._buffer("kv_events", _event_rows(number, step.events))
             if step.fault is not None:
                 self._note("tokens", step.num_tokens, step.fault, number)
-            elif step.num_tokens:
+            elif step.sequences:
                 whole.append((number, step))
         self._writer.append("steps", _step_rows(self.steps, model, held))
         self.steps += len(held)
@@ -217,7 +229,8 @@ class Scribe:
         sources: list[str] = []
         for _, step in steps:
             known = step.token_ids
-            ids += [None] * step.num_tokens if known is None else [int(x) for x in known]
+            count = sum(sequence.count for sequence in step.sequences)
+            ids += [None] * count if known is None else [int(x) for x in known]
             for sequence in step.sequences:
                 prompt = _prompt_share(sequence, step.phase)
                 sources += ["prompt"] * prompt + ["generated"] * (sequence.count - prompt)
@@ -304,6 +317,7 @@ def _request_rows(model: int, steps: Sequence[tuple[int, StepRecord]]) -> dict[s
         "request": [s.request for _, s in new],
         "run": [0] * len(new),
         "model": [model] * len(new),
+        "external_id": [s.external_id for _, s in new],
         "batch_index": [s.batch_index for _, s in new],
         "prompt_tokens": [s.prompt_tokens for _, s in new],
         "started_ns": [step.started_ns for step, _ in new],
@@ -312,6 +326,8 @@ def _request_rows(model: int, steps: Sequence[tuple[int, StepRecord]]) -> dict[s
 
 def _prompt_share(sequence: Sequenced, phase: str) -> int:
     """How many of a step's tokens of one request are its prompt's."""
+    if sequence.from_prompt is not None:
+        return sequence.from_prompt
     if phase == "decode":
         return 0
     if not sequence.new:
@@ -323,10 +339,13 @@ def _event_rows(number: int | None, events: Sequence[CacheEvent]) -> dict[str, I
     return {
         "ts_ns": [e.ts_ns for e in events],
         "step": [number] * len(events),
-        "request": [None] * len(events),
+        "request": [e.request for e in events],
         "layer": [e.layer for e in events],
+        "block": [e.block for e in events],
         "event": [e.event for e in events],
         "tokens": [e.tokens for e in events],
         "bytes": [e.nbytes for e in events],
         "device": [e.device for e in events],
+        "cache_group": [e.cache_group for e in events],
+        "block_index": [e.block_index for e in events],
     }

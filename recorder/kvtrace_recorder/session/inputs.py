@@ -56,8 +56,6 @@ def read_inputs(
     name = model.info.columns["architecture"]
     if getattr(model.config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder, which is not recorded yet"
-    if given.get("cache") is not None:
-        return f"{name} ran under continuous batching, which is not recorded yet"
     ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     shaped = ids if ids is not None else embeddings
     if not isinstance(shaped, torch.Tensor) or shaped.ndim < 2:

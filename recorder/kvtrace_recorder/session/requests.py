@@ -206,6 +206,10 @@ class RequestBook:
         if forks:
             self.ended.append(CacheChange(forks=forks))
 
+    def next_number(self) -> int:
+        """Number of a request that has just come up."""
+        return next(self._numbers)
+
     def _new(self, batch: int, slots: int) -> CacheEntry:
-        requests = [RequestState(next(self._numbers)) for _ in range(batch)]
+        requests = [RequestState(self.next_number()) for _ in range(batch)]
         return CacheEntry(requests, slots, np.ones((batch, slots), bool))

@@ -18,6 +18,7 @@ from kvtrace_recorder.messages import CacheChange, Gap, Sequenced, StepRecord
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.cache_sizes import cache_events
 from kvtrace_recorder.session.changes import apply_change
+from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook, RequestState
@@ -56,6 +57,7 @@ class Session:
         self._models: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
         self._keys = itertools.count()
         self._book = RequestBook()
+        self.batches = ContinuousBatches(pipeline, self._book)
         self._noted: set[str] = set()
 
     @property
@@ -87,6 +89,8 @@ class Session:
         """A model is about to run; None where it is none that can be recorded."""
         self._send_ended()
         model = self._model(module)
+        if is_paged(kwargs):
+            return self._begin_batch(model, kwargs)
         inputs = read_inputs(model, args, kwargs)
         if isinstance(inputs, str):
             self._note_once(inputs)
@@ -118,6 +122,10 @@ class Session:
         if record.fault is None:
             self.guard.run("attention", collect_rows, step, self._dtype)
             record.fault = self._differing_layers(step)
+        if step.is_packed:
+            self._submit(step)
+            self.batches.end(step)
+            return
         if cache is not None:
             self._book.bind(cache, entry)
             record.events += self.guard.run("cache sizes", cache_events, cache, entry) or []
@@ -131,6 +139,8 @@ class Session:
         """The model has raised."""
         step.record.fault = step.record.fault or "the forward pass raised"
         self._submit(step)
+        if step.is_packed:
+            self.batches.end(step)
 
     def cache_changed(self, cache: Any, method: str, event: str, value: Any) -> None:
         """Slots of a cache were dropped or moved."""
@@ -148,6 +158,7 @@ class Session:
     def finish(self) -> None:
         """Send what is left; the taps are gone."""
         self._book.close()
+        self.batches.finish()
         self._send_ended()
 
     def _step(
@@ -174,6 +185,12 @@ class Session:
         return ActiveStep(
             model, record, inputs.batch, inputs.length, inputs.past, inputs.cache, entry, real, keep
         )
+
+    def _begin_batch(self, model: ModelState, inputs: dict[str, Any]) -> ActiveStep | None:
+        step = self.batches.begin(model, inputs)
+        if step is not None:
+            step.record.fault = self.guard.silent.get("attention")
+        return step
 
     def _submit(self, step: ActiveStep) -> None:
         record, entry = step.record, step.entry

@@ -61,6 +61,8 @@ class ActiveStep:
         Time spent in taps, which is not the model's.
     checked : set
         Masks already compared in this step.
+    is_packed : bool
+        Whether one batch row holds several sequences (continuous batching).
     """
 
     model: ModelState
@@ -75,6 +77,7 @@ class ActiveStep:
     taken: dict[int, Taken] = field(default_factory=dict)
     tap_ns: int = 0
     checked: set[tuple[Any, ...]] = field(default_factory=set)
+    is_packed: bool = False
 
     @cached_property
     def is_contiguous(self) -> bool:

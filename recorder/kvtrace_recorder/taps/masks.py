@@ -55,7 +55,7 @@ def token_mask(mask: Any, past: int, batch: int, length: int) -> Bools:
     if covered < past + length and covered != length:
         raise UnrecordableError(f"the attention mask covers {covered} of {past + length} tokens")
     own = last[:, past : past + length] if covered > length else last
-    columns = _seen(own) if mask.ndim == 4 else (own != 0).cpu().numpy()
+    columns = seen_keys(own) if mask.ndim == 4 else (own != 0).cpu().numpy()
     if mask.ndim == 4 and (_own(mask, past, length) & ~columns).any():
         # Padding sees nothing, itself included.
         raise UnrecordableError("the mask hides earlier tokens from the last one")
@@ -99,7 +99,7 @@ def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> No
             continue
         shown = mask[row if mask.shape[0] > 1 else 0, 0, torch.as_tensor(queries).to(mask.device)]
         expected = _expected(step, row, step.past + queries, slots, spec)
-        if not np.array_equal(_seen(shown), expected):
+        if not np.array_equal(seen_keys(shown), expected):
             raise UnrecordableError(
                 f"the mask of layer {spec.layer} is not that of {spec.attention_kind} attention"
                 " over one sequence"
@@ -108,7 +108,7 @@ def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> No
 
 def _own(mask: torch.Tensor, past: int, length: int) -> Bools:
     """[batch, length]: whether each token of the step sees itself, by a mask of four axes."""
-    return _seen(torch.diagonal(mask[:, 0, -length:, past : past + length], dim1=1, dim2=2))
+    return seen_keys(torch.diagonal(mask[:, 0, -length:, past : past + length], dim1=1, dim2=2))
 
 
 def _check_no_mask(step: ActiveStep, call: Call, spec: LayerSpec) -> None:
@@ -149,7 +149,7 @@ def _expected(
     return np.asarray(seen)
 
 
-def _seen(mask: torch.Tensor) -> Bools:
+def seen_keys(mask: torch.Tensor) -> Bools:
     """Visible keys of a mask, which is bool or is added to the scores."""
     if mask.dtype == torch.bool:
         return np.asarray(mask.cpu().numpy())

@@ -10,11 +10,13 @@ from transformers.cache_utils import BaseQuantizedLayer, StaticLayer, StaticSlid
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import Array, LayerRows
+from kvtrace_recorder.session.continuous import is_paged
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.step import ActiveStep, Taken
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.guard import UnrecordableError
 from kvtrace_recorder.taps.masks import check_mask
+from kvtrace_recorder.taps.packed_masks import check_packed_mask
 
 #: Asking an abstract class costs more than the rest of the look-up: once a type.
 _FORMS: dict[type, str] = {}
@@ -47,7 +49,10 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) 
     first, offset = _new_keys(step, layer, call.k)
     if spec.sliding_window is not None and not step.is_contiguous:
         raise UnrecordableError("padding stands between the tokens of a sliding-window layer")
-    check_mask(step, call, spec, offset)
+    if step.is_packed:
+        check_packed_mask(step, call, spec)
+    else:
+        check_mask(step, call, spec, offset)
     sinks = call.extra.get("s_aux")
     rows = {}
     if "q" in kinds:
@@ -95,7 +100,8 @@ def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
     extra = call.extra
     if extra.get("position_bias") is not None:
         raise UnrecordableError(f"layer {layer} adds a position bias to its scores")
-    causal = extra.get("is_causal")
+    # Continuous batching passes is_causal=False where its mask says so instead.
+    causal = True if is_paged(extra) else extra.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
     window = extra.get("sliding_window")
     if window is not None and not causal:

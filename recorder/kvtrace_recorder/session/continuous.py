@@ -1,0 +1,191 @@
+"""Steps of continuous batching: many requests in one row of tokens, their keys in a paged cache."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+from kvtrace_recorder.messages import CacheChange, Ended, ForkedRequest, Gap, Sequenced, StepRecord
+from kvtrace_recorder.session.models import ModelState
+from kvtrace_recorder.session.paged_cache import PagedCacheState
+from kvtrace_recorder.session.paged_requests import PagedRequest
+from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
+from kvtrace_recorder.session.step import ActiveStep
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.pipeline import Pipeline
+
+CUDA_GRAPH = (
+    "continuous batching replayed a CUDA graph, which runs no Python; record with"
+    " ContinuousBatchingConfig(use_cuda_graph=False), or serve with --no-cb-use-cuda-graph"
+)
+
+
+class ContinuousBatches:
+    """What a recording knows of the batches and paged caches of this process.
+
+    Parameters
+    ----------
+    pipeline : Pipeline
+        Takes what happened to the caches.
+    book : RequestBook
+        Numbers the requests.
+    """
+
+    def __init__(self, pipeline: Pipeline, book: RequestBook) -> None:
+        self._pipeline = pipeline
+        self._book = book
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._caches: weakref.WeakKeyDictionary[Any, PagedCacheState] = weakref.WeakKeyDictionary()
+
+    def cache(self, pool: Any) -> PagedCacheState:
+        """What is known of a cache, by its `CachePool`, which its allocators share."""
+        with self._lock:
+            found = self._caches.get(pool)
+            if found is None:
+                found = PagedCacheState(self._book.next_number, self._release)
+                self._caches[pool] = found
+                weakref.finalize(pool, found.requests.end_all).atexit = False
+            return found
+
+    def enter_batch(self, processor: Any, *, wanted: bool) -> None:
+        """The model is about to run a processor's batch in this thread."""
+        state = self.cache(processor.cache.pool)
+        state.wanted = wanted
+        if not wanted:
+            state.take_events()
+        io = processor.inputs_and_outputs
+        pairs = getattr(io, "io_pairs", None)
+        io = io if pairs is None else pairs[io.current_pair].host_io
+        self._local.batch = list(io.requests_in_batch)
+        self._local.ran = False
+
+    def leave_batch(self, processor: Any) -> None:
+        """The model has run it, or a CUDA graph did."""
+        batch, self._local.batch = self._local.batch, None
+        state = self.cache(processor.cache.pool)
+        if state.wanted and not self._local.ran:
+            self._lose(state, batch, CUDA_GRAPH)
+
+    def begin(self, model: ModelState, inputs: dict[str, Any]) -> ActiveStep | None:
+        """The model is given a batch; None where it is none to record."""
+        batch, ids = getattr(self._local, "batch", None), inputs["input_ids"]
+        self._local.ran = True
+        if batch is None or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+            # Kernels are warmed up, or a CUDA graph is made of what has just run.
+            return None
+        state = self.cache(inputs["cache"].pool)
+        members = self._local.members = self._members(state, batch, ids.shape[1])
+        record = StepRecord(
+            model=model.info,
+            phase=_phase(batch),
+            batch_size=len(batch),
+            num_tokens=sum(future.query_length for future in batch),
+            started_ns=time.time_ns(),
+            forks=members.forks,
+            sequences=members.sequences,
+            token_ids=ids[0].cpu().numpy()[members.real].astype(np.int64),
+            events=state.take_events(),
+        )
+        real = members.real
+        keep = None if real.all() else torch.as_tensor(np.flatnonzero(real))
+        entry = CacheEntry(list(members.requests), 0, np.ones((1, len(real)), bool))
+        return ActiveStep(
+            model, record, 1, len(real), 0, None, entry, real[None], keep, is_packed=True
+        )
+
+    def end(self, step: ActiveStep) -> None:
+        """The model has returned and the step is on its way, or was given up."""
+        for request in self._local.members.requests:
+            request.lost = request.lost or step.entry.lost
+
+    def settle(self, processor: Any) -> None:
+        """A processor has updated its batch: end what has ended, and say what became free."""
+        state = self.cache(processor.cache.pool)
+        scheduler = processor.scheduler
+        for name, request in list(state.requests.live.items()):
+            if name not in scheduler.active_requests and name not in scheduler.waiting_requests:
+                state.requests.end(request)
+        self._flush(state)
+
+    def finish(self) -> None:
+        """The recording ends."""
+        for state in list(self._caches.values()):
+            self._flush(state)
+
+    def _flush(self, state: PagedCacheState) -> None:
+        events = state.take_events() if state.wanted else []
+        if events:
+            self._pipeline.put(CacheChange(tuple(events)))
+
+    def _members(self, state: PagedCacheState, batch: Sequence[Any], length: int) -> _Members:
+        found = _Members(np.zeros(length, bool))
+        start = 0
+        for future in batch:
+            count, past = future.query_length, future.state.position_offset - future.query_length
+            request = state.requests.get(future.state.request_id)
+            fork = state.requests.resume(request, past)
+            if request.lost is None:
+                found.add(request, past, count, prompt_tokens(future.state), start)
+                found.forks += [] if fork is None else [fork]
+            else:
+                self._pipeline.put(Gap("tokens", count, request.lost))
+            start += count
+        return found
+
+    def _lose(self, state: PagedCacheState, batch: Sequence[Any], reason: str) -> None:
+        self._flush(state)
+        for future in batch:
+            request = state.requests.get(future.state.request_id)
+            request.lost = request.lost or reason
+        self._pipeline.put(Gap("tokens", sum(f.query_length for f in batch), reason))
+
+    def _release(self, request: int) -> None:
+        self._book.ended.append(Ended((request,), None))
+
+
+@dataclass
+class _Members:
+    """The recorded requests of a batch, and which of its tokens are theirs rather than padding."""
+
+    real: Bools
+    requests: list[PagedRequest] = field(default_factory=list)
+    sequences: list[Sequenced] = field(default_factory=list)
+    forks: list[ForkedRequest] = field(default_factory=list)
+
+    def add(self, request: PagedRequest, past: int, count: int, prompt: int, start: int) -> None:
+        """Add a request whose tokens from `past` on stand in the batch from `start` on."""
+        self.real[start : start + count] = True
+        index, new = len(self.requests), not request.is_known
+        self.requests.append(request)
+        shared = min(count, max(0, prompt - past))
+        self.sequences.append(
+            Sequenced(request.request, index, past, count, new, prompt, request.external_id, shared)
+        )
+
+
+def is_paged(inputs: dict[str, Any]) -> bool:
+    """Whether a model is called by continuous batching."""
+    return isinstance(inputs.get("cache"), PagedAttentionCache)
+
+
+def prompt_tokens(state: Any) -> int:
+    """Tokens of a request's own prompt; after a soft reset its answer is asked again with it."""
+    return int(state._true_initial_tokens or len(state.initial_tokens))
+
+
+def _phase(batch: Sequence[Any]) -> str:
+    decoding = [
+        future.query_length == 1 and future.state.position_offset > prompt_tokens(future.state)
+        for future in batch
+    ]
+    return "decode" if all(decoding) else "mixed" if any(decoding) else "prefill"

@@ -1,0 +1,289 @@
+"""What happens in continuous batching: its batches, and every block that its caches hand out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+
+from kvtrace_recorder.session.paged_cache import SWAP
+from kvtrace_recorder.session.session import Session
+from kvtrace_recorder.taps.patch import Patch
+
+NAME = "paged cache"
+#: Given the session and the arguments, looks at what is before the call and returns what looks
+#: after it, given the result.
+Look = Callable[..., Callable[[Any], None]]
+
+
+def patches(session: Session) -> list[Patch]:
+    """The patches of this tap: methods of transformers' batch processor, caches and allocators."""
+    looks: list[tuple[type, str, Look]] = [
+        (PagedAttentionCache, "evict_cached_blocks", _evict),
+        (PagedAttentionCache, "reset", _reset),
+        (OffloadingManager, "_offload_to_cpu", _offload),
+        (OffloadingManager, "restore_scheduled_requests", _restore),
+        (OffloadingManager, "free_request_cpu_cache", _free_swapped),
+        (ContinuousBatchProcessor, "_generation_step", _batch),
+        (ContinuousBatchProcessor, "update_batch", _settle),
+        (ContinuousBatchProcessor, "prepare_next_batch", _settle_idle),
+    ]
+    of_allocators: dict[str, Look] = {
+        "allocate_cache_to_request": _allocate,
+        "acquire_prefix_blocks": _share,
+        "fork_blocks": _fork,
+        "mark_complete_blocks": _complete,
+        "free_blocks": _free,
+    }
+    for kind in _family(CacheAllocator):
+        looks += [(kind, name, look) for name, look in of_allocators.items() if name in vars(kind)]
+    return [Patch(owner, name, _maker(session, look)) for owner, name, look in looks]
+
+
+def _family(kind: type[Any]) -> Iterator[type[Any]]:
+    yield kind
+    for child in kind.__subclasses__():
+        yield from _family(child)
+
+
+def _maker(session: Session, look: Look) -> Any:
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            after = session.guard.run(NAME, look, session, *args, **kwargs)
+            try:
+                result = original(*args, **kwargs)
+            except BaseException:
+                # What the call did before it raised is seen too.
+                if after is not None:
+                    session.guard.run(NAME, after, None)
+                raise
+            if after is not None:
+                session.guard.run(NAME, after, result)
+            return result
+
+        return observed
+
+    return make
+
+
+def _blocks(allocator: Any, request_id: str) -> list[int]:
+    return list(allocator.block_table.get(request_id, ()))
+
+
+def _allocate(
+    session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
+) -> Callable[[Any], None]:
+    state = session.batches.cache(allocator.pool)
+    state.meet(allocator)
+    before = _blocks(allocator, request_id)
+
+    def after(result: Any) -> None:
+        state.moved(allocator, request_id, before, _blocks(allocator, request_id), "allocate")
+
+    return after
+
+
+def _share(
+    session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
+) -> Callable[[Any], None]:
+    state = session.batches.cache(allocator.pool)
+    state.meet(allocator)
+    before = _blocks(allocator, request_id)
+
+    def after(result: Any) -> None:
+        state.moved(allocator, request_id, before, _blocks(allocator, request_id), "share")
+        state.share(allocator, request_id)
+
+    return after
+
+
+def _fork(
+    session: Session,
+    allocator: Any,
+    source_request_id: str,
+    dest_request_id: str,
+    past_length: int,
+) -> Callable[[Any], None]:
+    state = session.batches.cache(allocator.pool)
+    state.meet(allocator)
+    kept = set(_blocks(allocator, source_request_id))
+
+    def after(result: Any) -> None:
+        blocks = _blocks(allocator, dest_request_id)
+        state.moved(
+            allocator,
+            dest_request_id,
+            [],
+            blocks,
+            lambda block: "share" if block in kept else "fork",
+        )
+        source = state.requests.get(source_request_id)
+        state.requests.begin_with(state.requests.get(dest_request_id), source, past_length)
+
+    return after
+
+
+def _complete(
+    session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
+) -> Callable[[Any], None]:
+    state = session.batches.cache(allocator.pool)
+    state.meet(allocator)
+    before = _blocks(allocator, request_id)
+    shared = set(allocator.ledger.shared_ref_counts)
+
+    def after(result: Any) -> None:
+        # A block whose contents are already cached gives way to the cached one.
+        own = _blocks(allocator, request_id)
+        state.moved(allocator, request_id, before, own, "share", shared.__contains__)
+        state.completed(allocator, request_id)
+
+    return after
+
+
+def _free(
+    session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
+) -> Callable[[Any], None]:
+    state = session.batches.cache(allocator.pool)
+    state.meet(allocator)
+    before = _blocks(allocator, request_id)
+    shared = set(allocator.ledger.shared_ref_counts)
+
+    def after(result: Any) -> None:
+        cached = allocator.ledger.cached_blocks
+        gone = _blocks(allocator, request_id)
+        state.moved(
+            allocator,
+            request_id,
+            before,
+            gone,
+            "allocate",
+            lambda block: block in shared or block in cached,
+        )
+        state.forget(allocator, before)
+
+    return after
+
+
+def _evict(session: Session, cache: Any) -> Callable[[Any], None]:
+    state = session.batches.cache(cache.pool)
+    before = [(a, list(a.ledger.cached_blocks)) for a in cache.cache_allocators.values()]
+    for allocator, _ in before:
+        state.meet(allocator)
+
+    def after(result: Any) -> None:
+        for allocator, blocks in before:
+            for block in blocks:
+                if block not in allocator.ledger.cached_blocks:
+                    state.block(allocator, None, block, None, "evict", held=False)
+            state.forget(allocator, blocks)
+
+    return after
+
+
+def _reset(session: Session, cache: Any) -> Callable[[Any], None]:
+    state = session.batches.cache(cache.pool)
+
+    def after(result: Any) -> None:
+        for allocator in cache.cache_allocators.values():
+            owned = [block for group, block in state.requests.owners if group == allocator.index]
+            state.forget(allocator, owned)
+        state.reset(None, str(cache.device))
+
+    return after
+
+
+def _offload(
+    session: Session, manager: Any, victims: Any, victim_block_tables: Any
+) -> Callable[[Any], None]:
+    state = session.batches.cache(manager.cache.pool)
+
+    def after(result: Any) -> None:
+        for victim in victims:
+            request = state.requests.get(victim.request_id)
+            if not result or victim.request_id not in result:
+                # What transformers calls a soft reset.
+                state.reset(request, str(manager.cache.device))
+                continue
+            swapped = manager._request_id_to_cpu_blocks[victim.request_id]
+            for name, blocks in swapped.items():
+                allocator = manager.cache.cache_allocators[name]
+                for index, block in enumerate(blocks):
+                    state.block(allocator, request, block, index, "offload", device=SWAP)
+
+    return after
+
+
+def _restore(session: Session, manager: Any, requests_in_batch: Any) -> Callable[[Any], None]:
+    state = session.batches.cache(manager.cache.pool)
+    swapped = _swapped(manager, [future.state for future in requests_in_batch])
+
+    def after(result: Any) -> None:
+        for request_id, name, blocks in swapped:
+            if request_id in manager._request_id_to_cpu_blocks:
+                continue
+            allocator = manager.cache.cache_allocators[name]
+            request = state.requests.get(request_id)
+            own = _blocks(allocator, request_id)
+            for index, block in enumerate(own[: len(blocks)]):
+                state.block(allocator, request, block, index, "restore")
+            for index, block in enumerate(blocks):
+                state.block(allocator, request, block, index, "free", held=False, device=SWAP)
+
+    return after
+
+
+def _free_swapped(session: Session, manager: Any, state: Any) -> Callable[[Any], None]:
+    known = session.batches.cache(manager.cache.pool)
+    swapped = _swapped(manager, [state])
+
+    def after(result: Any) -> None:
+        for request_id, name, blocks in swapped:
+            if request_id in manager._request_id_to_cpu_blocks:
+                continue
+            allocator = manager.cache.cache_allocators[name]
+            request = known.requests.get(request_id)
+            for index, block in enumerate(blocks):
+                known.block(allocator, request, block, index, "free", held=False, device=SWAP)
+
+    return after
+
+
+def _swapped(manager: Any, states: Any) -> list[tuple[str, str, list[int]]]:
+    """Request, allocator and blocks of what these requests have in the swap pool."""
+    tables = manager._request_id_to_cpu_blocks
+    return [
+        (state.request_id, name, list(blocks))
+        for state in states
+        for name, blocks in tables.get(state.request_id, {}).items()
+    ]
+
+
+def _batch(session: Session, processor: Any, model: Any) -> Callable[[Any], None]:
+    session.batches.enter_batch(processor, wanted=session.wants(model))
+
+    def after(result: Any) -> None:
+        session.batches.leave_batch(processor)
+
+    return after
+
+
+def _settle(session: Session, processor: Any) -> Callable[[Any], None]:
+    def after(result: Any) -> None:
+        session.batches.settle(processor)
+
+    return after
+
+
+def _settle_idle(session: Session, processor: Any) -> Callable[[Any], None]:
+    def after(result: Any) -> None:
+        # With a batch prepared, what happened belongs to its step.
+        if not result:
+            session.batches.settle(processor)
+
+    return after

@@ -1,0 +1,425 @@
+"""Continuous batching, on tiny random models: rows, forks and blocks as the manager had them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import offloading_manager
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+
+import kvtrace
+from kvtrace import Trace
+from kvtrace.block_tables import block_tables
+from kvtrace_recorder import record
+
+PAGE = 4
+_GQA = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Llama": _GQA,
+    "Qwen3": {**_GQA, "head_dim": 16},
+    # One cache group for each kind of layer.
+    "GptOss": {
+        **_GQA,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+Snapshot = tuple[int, dict[tuple[str, int], list[int]]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(family: str = "Llama", kernel: str = "sdpa") -> Any:
+    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
+    torch.manual_seed(7)
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    model = kind._from_config(config, attn_implementation=kernel)
+    # Small default weights make attention almost uniform; a wrong history would hide in it.
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight.mul_(6)
+    return model.eval()
+
+
+def prompts(*lengths: int, shared: int = 0) -> list[list[int]]:
+    """Random prompts of these lengths, the first `shared` tokens the same."""
+    draw = torch.Generator().manual_seed(5)
+    first = torch.randint(3, 96, (shared,), generator=draw).tolist()
+    return [
+        first + torch.randint(3, 96, (length - shared,), generator=draw).tolist()
+        for length in lengths
+    ]
+
+
+def batching(**options: Any) -> ContinuousBatchingConfig:
+    given = {"page_size": PAGE, "num_blocks": 64, "max_batch_tokens": 48, **options}
+    return ContinuousBatchingConfig(max_requests_per_batch=8, **given)
+
+
+def sampling(new: int = 9, **options: Any) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=new, eos_token_id=-1, **{"do_sample": False, **options})
+
+
+def generate(model: Any, inputs: list[list[int]], new: int = 9, **options: Any) -> dict[str, Any]:
+    children = options.pop("children", 0)
+    sampled = {"do_sample": True, "num_return_sequences": 1 + children} if children else {}
+    found: dict[str, Any] = model.generate_batch(
+        inputs,
+        generation_config=sampling(new, **sampled),
+        continuous_batching_config=batching(return_logprobs=True, **options),
+    )
+    return found
+
+
+def answers(results: dict[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
+    """Tokens and the log-probabilities of each, which come from the logits."""
+    return {name: (x.generated_tokens, x.logprobs) for name, x in results.items()}
+
+
+class Snapshots:
+    """The manager's own block tables, at every step and after every release of blocks."""
+
+    def __init__(self) -> None:
+        self.steps: list[Snapshot] = []
+        self.releases: list[Snapshot] = []
+
+
+def tables_of(cache: Any) -> Snapshot:
+    tables = {
+        (name, allocator.index): list(blocks)
+        for allocator in cache.cache_allocators.values()
+        for name, blocks in allocator.block_table.items()
+        if blocks
+    }
+    return time.time_ns(), tables
+
+
+@pytest.fixture
+def snapshots(monkeypatch: pytest.MonkeyPatch) -> Snapshots:
+    taken = Snapshots()
+    step, free = ContinuousBatchProcessor._generation_step, PagedAttentionCache.free_blocks
+
+    def at_step(self: Any, *args: Any) -> Any:
+        taken.steps.append(tables_of(self.cache))
+        return step(self, *args)
+
+    def at_release(self: Any, *args: Any, **kwargs: Any) -> None:
+        free(self, *args, **kwargs)
+        taken.releases.append(tables_of(self))
+
+    monkeypatch.setattr(ContinuousBatchProcessor, "_generation_step", at_step)
+    monkeypatch.setattr(PagedAttentionCache, "free_blocks", at_release)
+    return taken
+
+
+def names(trace: Trace) -> dict[int, str]:
+    """The manager's ids, by number of the request."""
+    found = trace.table("requests")
+    return dict(zip(found["request"].to_pylist(), found["external_id"].to_pylist(), strict=True))
+
+
+def events(trace: Trace, *kinds: str) -> list[dict[str, Any]]:
+    return [e for e in trace.table("kv_events").to_pylist() if e["event"] in kinds]
+
+
+def check_sequences(trace: Trace, results: dict[str, Any], *, missing: int = 1) -> None:
+    """Every request's tokens are there: the prompt, and all answers but the last."""
+    known = {name: number for number, name in names(trace).items()}
+    assert set(known) == set(results)
+    for name, result in results.items():
+        tokens = trace.tokens(known[name])
+        expected = result.prompt_ids + result.generated_tokens
+        assert tokens["token_id"].to_pylist() == expected[: len(expected) - missing]
+        assert tokens["position"].to_pylist() == list(range(len(expected) - missing))
+        prompt = len(result.prompt_ids)
+        sources = ["prompt"] * prompt + ["generated"] * (tokens.num_rows - prompt)
+        assert tokens["source"].to_pylist() == sources
+        request = next(r for r in trace.requests() if r.request == known[name])
+        assert request.prompt_tokens == prompt
+
+
+def check_attention(trace: Trace, model: Any) -> None:
+    """Attention from the trace is that of an ordinary eager run over the same tokens."""
+    model.set_attn_implementation("eager")
+    for request in trace.requests():
+        ids = torch.tensor([trace.tokens(request.request)["token_id"].to_pylist()])
+        with torch.no_grad():
+            own = model(ids, output_attentions=True).attentions
+        for layer, expected in enumerate(own):
+            for head in range(expected.shape[1]):
+                found = trace.attention(layer, head, request=request.request)
+                np.testing.assert_allclose(found, expected[0, head].numpy(), atol=1e-5)
+
+
+def check_tables(trace: Trace, snapshots: Snapshots) -> None:
+    """Block tables rebuilt from the trace are the manager's at every step and release."""
+    known = names(trace)
+
+    def found(**when: int) -> dict[tuple[str, int], list[int]]:
+        tables = block_tables(trace, **when)
+        return {(known[request], group): blocks for (request, group), blocks in tables.items()}
+
+    assert snapshots.releases
+    assert len(snapshots.steps) == trace.table("steps").num_rows
+    for number, (_, expected) in enumerate(snapshots.steps):
+        assert found(step=number) == expected
+    for at_ns, expected in snapshots.releases:
+        assert found(at_ns=at_ns) == expected
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [("Llama", "sdpa"), ("Llama", "eager"), ("Qwen3", "sdpa"), ("GptOss", "eager")],
+)
+def test_a_batch_is_recorded_as_it_ran(family: str, kernel: str, tmp_path: Path) -> None:
+    model, inputs = build(family, kernel), prompts(21, 7, 30, 13)
+    plain = generate(model, inputs)
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+        recorded = generate(model, inputs)
+
+    assert answers(recorded) == answers(plain)
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert trace.status == "complete"
+    check_sequences(trace, recorded)
+    check_attention(trace, model)
+    assert trace.rows == sum(
+        len(r.prompt_ids) + len(r.generated_tokens) - 1 for r in plain.values()
+    )
+
+
+def test_blocks_grow_with_a_request_and_are_freed_with_it(
+    snapshots: Snapshots, tmp_path: Path
+) -> None:
+    model, inputs = build(), prompts(9, 14)
+    with record(model, tmp_path / "a.kvtrace", strict=True):
+        generate(model, inputs, allow_block_sharing=False)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+
+    check_tables(trace, snapshots)
+    assert block_tables(trace) == {}
+    kinds = {e["event"] for e in trace.table("kv_events").to_pylist()}
+    assert kinds == {"allocate", "free"}
+    # 9 + 8 and 14 + 8 tokens in pages of 4.
+    assert len(events(trace, "allocate")) == len(events(trace, "free")) == 5 + 6
+    block = PAGE * 2 * 2 * 2 * 12 * 4
+    assert {e["bytes"] for e in events(trace, "allocate")} == {block}
+    assert {e["bytes"] for e in events(trace, "free")} == {0}
+    grown = [e["step"] for e in events(trace, "allocate")]
+    assert grown == sorted(grown)
+    assert grown.count(0) == 3 + 4
+
+
+def test_a_shared_prefix_begins_with_the_rows_of_the_request_that_computed_it(
+    snapshots: Snapshots, tmp_path: Path
+) -> None:
+    model, inputs = build(), prompts(23, 19, 22, shared=18)
+
+    def run() -> dict[str, Any]:
+        config = batching(return_logprobs=True)
+        with model.continuous_batching_context_manager(
+            generation_config=sampling(), continuous_batching_config=config
+        ) as manager:
+            found = {}
+            for ids in inputs:
+                # One after the other: the later ones find the blocks of the first in the cache.
+                name = manager.add_request(ids, eos_token_id=-1)
+                found[name] = manager.get_result(name, timeout=60)
+        return found
+
+    plain = run()
+    snapshots.__init__()  # type: ignore[misc]
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+        recorded = run()
+
+    assert answers(recorded) == answers(plain)
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    check_sequences(trace, recorded)
+    check_attention(trace, model)
+    check_tables(trace, snapshots)
+    forks = trace.table("forks").to_pylist()
+    # 18 tokens are four full pages.
+    assert [(f["source"], f["tokens"]) for f in forks] == [(0, 16), (0, 16)]
+    assert [e["block_index"] for e in events(trace, "share")] == [0, 1, 2, 3] * 2
+    processed = trace.table("rows")["position"].to_pylist()
+    assert processed.count(15) == 1
+    assert processed.count(16) == 3
+
+
+def test_the_children_of_a_request_begin_with_its_rows(
+    snapshots: Snapshots, tmp_path: Path
+) -> None:
+    model, inputs = build(), prompts(18, 11)
+    plain = generate(model, inputs, children=2, seed=3)
+    snapshots.__init__()  # type: ignore[misc]
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+        recorded = generate(model, inputs, children=2, seed=3)
+
+    assert answers(recorded) == answers(plain)
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert len(names(trace)) == 6
+    check_sequences(trace, recorded)
+    check_attention(trace, model)
+    check_tables(trace, snapshots)
+    # The pages that a parent has filled are shared, the last one is copied.
+    assert len(events(trace, "fork")) == 2 * 2
+    assert {e["bytes"] for e in events(trace, "fork")} == {PAGE * 2 * 2 * 2 * 12 * 4}
+
+
+@pytest.fixture
+def swap_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A swap pool without pinned memory, which a machine without an accelerator has not."""
+
+    def empty(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
+        return torch.empty(*args, **kwargs)
+
+    unpinned = SimpleNamespace(**{**vars(torch), "empty": empty})
+    monkeypatch.setattr(offloading_manager, "torch", unpinned)
+
+
+def pressed(model: Any, **options: Any) -> dict[str, Any]:
+    """Requests that together need more blocks than there are."""
+    return generate(model, prompts(18, 15, 17, 16), new=14, num_blocks=20, **options)
+
+
+def test_under_pressure_a_soft_reset_is_a_crop_to_nothing(
+    snapshots: Snapshots, tmp_path: Path
+) -> None:
+    model = build()
+    plain = pressed(model)
+    snapshots.__init__()  # type: ignore[misc]
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+        recorded = pressed(model)
+
+    assert answers(recorded) == answers(plain)
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    resets = [e["request"] for e in events(trace, "reset")]
+    assert resets
+    crops = [f for f in trace.table("forks").to_pylist() if f["request"] == f["source"]]
+    assert {f["request"] for f in crops} == set(resets)
+    check_sequences(trace, recorded)
+    check_attention(trace, model)
+    check_tables(trace, snapshots)
+
+
+@pytest.mark.usefixtures("swap_space")
+def test_offloaded_requests_are_restored_and_go_on(snapshots: Snapshots, tmp_path: Path) -> None:
+    model = build()
+    plain = pressed(model, cpu_offload_space=0.01)
+    snapshots.__init__()  # type: ignore[misc]
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+        recorded = pressed(model, cpu_offload_space=0.01)
+
+    assert answers(recorded) == answers(plain)
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    offloaded = events(trace, "offload")
+    assert offloaded
+    assert {e["device"] for e in offloaded} == {"cpu swap"}
+    key = [(e["request"], e["block_index"]) for e in offloaded]
+    assert key == [(e["request"], e["block_index"]) for e in events(trace, "restore")]
+    left = [e for e in events(trace, "free") if e["device"] == "cpu swap"]
+    assert [e["block"] for e in left] == [e["block"] for e in offloaded]
+    check_sequences(trace, recorded)
+    check_attention(trace, model)
+    check_tables(trace, snapshots)
+
+
+def test_cached_blocks_are_evicted_when_others_need_them(
+    snapshots: Snapshots, tmp_path: Path
+) -> None:
+    model, inputs = build(), prompts(21, 22, 23)
+    with (
+        record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording,
+        model.continuous_batching_context_manager(
+            generation_config=sampling(), continuous_batching_config=batching(num_blocks=9)
+        ) as manager,
+    ):
+        results = {}
+        for ids in inputs:
+            name = manager.add_request(ids, eos_token_id=-1)
+            results[name] = manager.get_result(name, timeout=60)
+
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    check_sequences(trace, results)
+    check_tables(trace, snapshots)
+    evicted = events(trace, "evict")
+    assert evicted
+    assert {e["bytes"] for e in evicted} == {0}
+    # What is evicted is what had been kept when its request was freed.
+    kept = [e["block"] for e in events(trace, "free") if e["bytes"]]
+    assert [e["block"] for e in evicted] == kept[: len(evicted)]
+
+
+def test_a_cancelled_request_gives_its_blocks_back(snapshots: Snapshots, tmp_path: Path) -> None:
+    model, inputs = build(), prompts(21, 9)
+    with (
+        record(None, tmp_path / "a.kvtrace", strict=True) as recording,
+        model.continuous_batching_context_manager(
+            generation_config=sampling(200),
+            continuous_batching_config=batching(allow_block_sharing=False, num_blocks=128),
+        ) as manager,
+    ):
+        manager.add_request(inputs[0], request_id="left", streaming=True, eos_token_id=-1)
+        manager.add_request(inputs[1], request_id="stays", max_new_tokens=150, eos_token_id=-1)
+        assert manager.get_result("left", timeout=60) is not None
+        manager.cancel_request("left")
+        while (result := manager.get_result("stays", timeout=60)) is None:
+            pass
+
+    assert len(result.generated_tokens) == 150
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert set(names(trace).values()) == {"left", "stays"}
+    check_tables(trace, snapshots)
+    assert block_tables(trace) == {}
+    by_name = {name: trace.tokens(number).num_rows for number, name in names(trace).items()}
+    assert by_name["stays"] == 9 + 149
+    assert 21 < by_name["left"] < 21 + 199
+
+
+def test_a_model_that_is_not_asked_for_leaves_no_trace(tmp_path: Path) -> None:
+    model, other = build(), build("Qwen3")
+    with record(model, tmp_path / "a.kvtrace", strict=True) as recording:
+        generate(other, prompts(9))
+        generate(model, prompts(9))
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert trace.table("models")["architecture"].to_pylist() == ["LlamaForCausalLM"]
+    assert {e["request"] for e in events(trace, "allocate")} == {
+        r.request for r in trace.requests()
+    }
