@@ -85,7 +85,7 @@ def row_lse(
     first : int
         Position of row 0.
     spec : LayerSpec
-        Gives scale, softcap, window and whether the layer is causal.
+        Gives scale, softcap, window, ALiBi's slopes and whether the layer is causal.
     sinks : numpy.ndarray, optional
         [q_head], a further logit in each head's softmax.
 
@@ -101,19 +101,26 @@ def row_lse(
     scaled = q.astype(np.float32) * np.float32(spec.scale)
     by_head = scaled.reshape(rows, kv_heads, group, width).transpose(1, 0, 2, 3)
     logits = None if sinks is None else sinks.reshape(kv_heads, 1, group)
+    alibi = spec.alibi_slopes
+    slopes = None if alibi is None else np.array(alibi, np.float32).reshape(kv_heads, 1, group)
     found = np.empty((kv_heads, rows, group), np.float32)
     # The row of a decode step takes all heads at once, the rows of a prompt one head at a time.
     heads = kv_heads if rows == 1 else 1
     height = max(1, PRODUCT // (TILE * width * group))
     for start in range(0, rows, height):
         stop = min(rows, start + height)
-        low, high = _bounds(first + np.arange(start, stop), history.tokens, spec)
+        positions = first + np.arange(start, stop)
+        low, high = _bounds(positions, history.tokens, spec)
         low, high = np.repeat(low, group), np.repeat(high, group)
         for head in range(0, kv_heads, heads):
             some = slice(head, head + heads)
             block = by_head[some, start:stop].reshape(heads, -1, width)
             extra = None if logits is None else np.repeat(logits[some], stop - start, axis=1)
-            values = _block(block, tiles[some], low, high, spec.softcap, extra)
+            bias = None
+            if slopes is not None:
+                slope = np.repeat(slopes[some], stop - start, axis=1).reshape(heads, -1)
+                bias = (slope, np.repeat(positions, group))
+            values = _block(block, tiles[some], low, high, spec.softcap, extra, bias)
             found[some, start:stop] = values.reshape(heads, stop - start, group)
     return np.ascontiguousarray(found.transpose(1, 0, 2)).reshape(rows, q_heads)
 
@@ -134,8 +141,12 @@ def _block(
     high: Positions,
     softcap: float | None,
     logits: Float | None,
+    bias: tuple[Float, Positions] | None,
 ) -> Float:
-    """[head, query] of queries [head, query, head_dim] that see positions low to high."""
+    """[head, query] of queries [head, query, head_dim] that see positions low to high.
+
+    `bias` is ALiBi's slopes [head, query] and the queries' positions [query].
+    """
     shape = queries.shape[:2]
     if logits is None:
         top, total = np.full(shape, np.finfo(np.float32).min), np.zeros(shape, np.float32)
@@ -149,6 +160,10 @@ def _block(
             scores /= np.float32(softcap)
             np.tanh(scores, out=scores)
             scores *= np.float32(softcap)
+        if bias is not None:
+            keys = begin * TILE + np.arange(scores.shape[1] * TILE).reshape(-1, 1, TILE)
+            distance = (keys - bias[1][:, None]).astype(np.float32)
+            scores += bias[0][:, None, :, None] * distance
         _hide(scores, begin, low, high)
         higher = np.maximum(top, scores.max(axis=3).max(axis=1))
         scores -= higher[:, None, :, None]

@@ -13,8 +13,8 @@ Float = NDArray[np.floating[Any]]
 Positions = NDArray[np.int64]
 
 
-def scores(q: Float, k: Float, layer: Layer) -> Float:
-    """Scaled, softcapped scores of some queries on some keys, nothing masked.
+def scores(q: Float, k: Float, rows: Positions, keys: Positions, layer: Layer, head: int) -> Float:
+    """Scores of some queries on some keys as the softmax takes them, nothing masked.
 
     Parameters
     ----------
@@ -22,8 +22,12 @@ def scores(q: Float, k: Float, layer: Layer) -> Float:
         [row, head_dim] of one query head, float32 or wider.
     k : numpy.ndarray
         [key, head_dim] of its KV head.
+    rows, keys : numpy.ndarray
+        Positions in the request.
     layer : Layer
-        Gives scale and softcap.
+        Gives scale, softcap and ALiBi's slopes.
+    head : int
+        The query head.
 
     Returns
     -------
@@ -34,6 +38,9 @@ def scores(q: Float, k: Float, layer: Layer) -> Float:
     if layer.softcap is not None:
         cap = q.dtype.type(layer.softcap)
         found = cap * np.tanh(found / cap)
+    if layer.alibi_slopes is not None:
+        distance = keys[None, :] - rows[:, None]
+        found += q.dtype.type(layer.alibi_slopes[head]) * distance.astype(q.dtype)
     return found
 
 
@@ -49,7 +56,7 @@ def visible(rows: Positions, keys: Positions, layer: Layer) -> NDArray[np.bool_]
 
 
 def weights(
-    q: Float, k: Float, lse: Float, rows: Positions, keys: Positions, layer: Layer
+    q: Float, k: Float, lse: Float, rows: Positions, keys: Positions, layer: Layer, head: int
 ) -> Float:
     """Attention of queries at `rows` on keys at `keys`.
 
@@ -64,7 +71,9 @@ def weights(
     rows, keys : numpy.ndarray
         Positions in the request.
     layer : Layer
-        Gives scale, softcap, window.
+        Gives scale, softcap, window, ALiBi's slopes.
+    head : int
+        The query head.
 
     Returns
     -------
@@ -73,6 +82,6 @@ def weights(
     """
     with np.errstate(over="ignore"):
         # Keys that the query could not see are not in its lse: their exponent has no bound.
-        found = np.exp(scores(q, k, layer) - lse[:, None])
+        found = np.exp(scores(q, k, rows, keys, layer, head) - lse[:, None])
     found[~visible(rows, keys, layer)] = 0
     return found

@@ -79,7 +79,7 @@ def log_sum_exp(q: Float, k: Float, layer: Layer, block: int = 256) -> Float:
     k : numpy.ndarray
         [token, kv_head, head_dim].
     layer : Layer
-        Gives scale, softcap, window.
+        Gives scale, softcap, window, ALiBi's slopes.
     block : int
         Rows at a time: memory is block x token, never token x token.
 
@@ -94,10 +94,12 @@ def log_sum_exp(q: Float, k: Float, layer: Layer, block: int = 256) -> Float:
     found = np.empty((tokens, q_heads), np.float32)
     for start in range(0, tokens, block):
         stop = min(start + block, tokens)
+        rows = positions[start:stop]
         last = tokens if layer.attention_kind == "bidirectional" else stop
-        hidden = ~visible(positions[start:stop], positions[:last], layer)
+        hidden = ~visible(rows, positions[:last], layer)
         for head in range(q_heads):
-            row = scores(q[start:stop, head], k[:last, head // group], layer)
+            keys = k[:last, head // group]
+            row = scores(q[start:stop, head], keys, rows, positions[:last], layer, head)
             row[hidden] = -np.inf
             top = row.max(axis=1)
             found[start:stop, head] = top + np.log(np.exp(row - top[:, None]).sum(axis=1))

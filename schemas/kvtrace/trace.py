@@ -293,7 +293,7 @@ class Trace:
                 f" {self.holdings(request).query_text} of the prompt's; ask for other rows"
             )
         found = attention.weights(
-            q[:, at], k[:, at // spec.group_size], lse[:, at], row_at, key_at, spec
+            q[:, at], k[:, at // spec.group_size], lse[:, at], row_at, key_at, spec, at
         )
         # Hidden keys were set to zero in these rows too.
         found[~known] = np.nan

@@ -64,8 +64,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
+#: Families that compute attention themselves, in their own words.
+_OWN = {"vocab_size": 96, "n_layer": 2, "n_head": 4, "eos_token_id": None, "pad_token_id": 0}
+_FALCON = {**_COMMON, "alibi": False, "new_decoder_architecture": False}
+FAMILIES |= {
+    "GPTJ": {**_OWN, "n_embd": 48, "n_positions": 128, "rotary_dim": 8, "bos_token_id": 1},
+    "CodeGen": {**_OWN, "n_embd": 48, "n_positions": 128, "n_ctx": 128, "rotary_dim": 8},
+    "GPTNeo": {
+        **_COMMON,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "Bloom": {**_OWN, "hidden_size": 48},
+    "Bloom of six heads": {**_OWN, "hidden_size": 48, "n_head": 6},
+    "Mpt": {
+        **_OWN,
+        "d_model": 48,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 128,
+        "use_cache": True,
+    },
+    "Falcon": {**_FALCON, "multi_query": True},
+    "Falcon of two KV heads": {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "XGLM": {
+        **_OWN,
+        "d_model": 48,
+        "ffn_dim": 64,
+        "num_layers": 2,
+        "attention_heads": 4,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+    },
+}
 #: Kernels that transformers does not offer to a family.
-EAGER_ONLY = {"Gemma2", "GptOss"}
+EAGER_ONLY = {"Gemma2", "GptOss", "GPTJ", "CodeGen", "GPTNeo", "Mpt", "XGLM"} | {
+    name for name in FAMILIES if name.startswith("Bloom")
+}
 CASES = [
     (family, kernel)
     for family in FAMILIES
@@ -87,14 +124,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def build(family: str, kernel: str) -> Any:
-    config_name, model_name = _CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
+    name = family.split()[0]
+    config_name, model_name = _CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
     config = getattr(transformers, config_name)(**FAMILIES[family])
     torch.manual_seed(7)
     model = getattr(transformers, model_name)._from_config(config, attn_implementation=kernel)
     # Small default weights make attention almost uniform; a wrong mask or scale would hide in it.
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "embed" not in name:
+            if weight.ndim == 2 and "embed" not in name and ".wte" not in name:
                 weight.mul_(6)
     return model.eval()
 
@@ -118,6 +156,8 @@ def greedy(model: Any, ids: torch.Tensor, **options: Any) -> Any:
 def own_attention(model: Any, ids: torch.Tensor) -> list[np.ndarray[Any, Any]]:
     """[q_head, row, key] of each layer by an eager run of the same weights."""
     model.set_attn_implementation("eager")
+    # Falcon reads this and nothing else.
+    model.config._attn_implementation = "eager"
     with torch.no_grad():
         return [a[0].numpy() for a in model(ids, output_attentions=True).attentions]
 
@@ -150,6 +190,55 @@ def test_outputs_are_bit_identical_and_attention_is_the_models_own(
             np.testing.assert_allclose(trace.attention(layer, head), expected[head], atol=1e-5)
 
 
+def test_alibi_is_written_as_the_model_applies_it(tmp_path: Path) -> None:
+    slopes = {}
+    for kernel in ("eager", "sdpa"):
+        FAMILIES["Falcon with ALiBi"] = {**_FALCON, "multi_query": False, "alibi": True}
+        model = build("Falcon with ALiBi", kernel)
+        with record(model, tmp_path / kernel, dtype="float32", strict=True) as recording:
+            sequences = greedy(model, prompt()).sequences[:, :-1]
+        assert recording.gaps == {}
+        trace = kvtrace.open(tmp_path / kernel)
+        slopes[kernel] = np.array(trace.layers[1].alibi_slopes)
+        for layer, expected in enumerate(heard(model, sequences)):
+            data = trace.layer_data(layer)
+            assert data.v is not None
+            for head in range(4):
+                found = trace.attention(layer, head) @ data.v[:, head]
+                np.testing.assert_allclose(found, expected[:, head], atol=1e-5)
+    # Falcon's paper has 2 ** (-2, -4, -6, -8), over the root of the head's width; transformers'
+    # eager code adds them to the scores and, with the mask, once more.
+    expected_slopes = 2.0 ** -np.arange(2, 9, 2) / 12**0.5
+    np.testing.assert_allclose(slopes["sdpa"], expected_slopes, rtol=1e-5)
+    np.testing.assert_allclose(slopes["eager"], 2 * expected_slopes, rtol=1e-5)
+
+
+def heard(model: Any, ids: torch.Tensor) -> list[np.ndarray[Any, Any]]:
+    """[row, q_head, value_dim] of each layer of a Falcon: what attention gave to `dense`."""
+    found = []
+    handles = [
+        block.self_attention.dense.register_forward_pre_hook(
+            lambda _, given: found.append(given[0][0].numpy().reshape(len(given[0][0]), 4, -1))
+        )
+        for block in model.transformer.h
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_a_bias_that_is_no_alibi_is_a_gap(tmp_path: Path) -> None:
+    model = build("Bloom", "eager").to(torch.bfloat16)
+    ids = torch.randint(3, 96, (1, 700), generator=torch.Generator().manual_seed(3))
+    with record(model, tmp_path / "a.kvtrace", strict=True) as recording, torch.no_grad():
+        model(ids)
+    # Beyond 256 tokens bfloat16 cannot count, and its ALiBi is stairs rather than a line.
+    assert "more than a scaled q k^T and ALiBi" in next(iter(recording.gaps))
+    assert recording.rows == 0
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT2"])
 def test_float16_traces_agree_to_two_thousandths(family: str, tmp_path: Path) -> None:
     model = build(family, "eager")
@@ -179,8 +268,10 @@ def test_a_bfloat16_model_is_stored_exactly_in_float16(tmp_path: Path) -> None:
             np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-25)
 
 
-@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPT2"])
+_PADDED = {"Llama", "Mistral", "GPT2", "Falcon", "Bloom", "Mpt"}
+
+
+@pytest.mark.parametrize(("family", "kernel"), [case for case in CASES if case[0] in _PADDED])
 def test_left_padding_is_not_recorded(family: str, kernel: str, tmp_path: Path) -> None:
     model = build(family, kernel)
     full = prompt()

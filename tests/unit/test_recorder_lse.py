@@ -36,6 +36,8 @@ def naive(
             scores = keys @ q[row, head].astype(float) * spec.scale
             if spec.softcap is not None:
                 scores = spec.softcap * np.tanh(scores / spec.softcap)
+            if spec.alibi_slopes is not None:
+                scores += spec.alibi_slopes[head] * (np.arange(first, last) - row)
             total = np.exp(scores).sum() + (0 if sinks is None else np.exp(sinks[head]))
             found[row, head] = np.log(total)
     return found
@@ -46,6 +48,8 @@ SPECS: list[tuple[dict[str, Any], bool]] = [
     ({"sliding_window": 5, "attention_kind": "sliding"}, False),
     ({"softcap": 1.5}, False),
     ({"attention_kind": "bidirectional"}, False),
+    ({"alibi_slopes": (0.5, 0.25, 0.125, 0.7, 0.01, 0.0)}, False),
+    ({"alibi_slopes": (0.5, 0.25, 0.125, 0.7, 0.01, 0.0), "softcap": 1.5}, True),
     ({"sliding_window": 9, "attention_kind": "sliding"}, True),
 ]
 

@@ -126,6 +126,18 @@ def test_equals_naive_wherever_the_prompt_ends(prompt: int) -> None:
         compare([synthetic_head(4, 90, prompt)], list(SPECS), when)
 
 
+def test_alibi_is_in_the_scores() -> None:
+    slopes = np.array([0.25, 0.01], np.float32)
+    head = replace(synthetic_head(1, 150, 100), alibi_slopes=slopes)
+    positions = np.arange(150)
+    scores = np.einsum("igd,jd->gij", head.q.astype(float), head.k.astype(float)) * head.scale
+    scores += slopes[:, None, None] * positions
+    scores[:, positions[:, None] < positions] = -np.inf
+    want = np.exp(scores - scores.max(axis=2, keepdims=True))
+    want /= want.sum(axis=2, keepdims=True)
+    np.testing.assert_allclose(attention(head), want, atol=1e-6)
+
+
 def test_attention_is_the_softmax_of_the_scores() -> None:
     head = with_lse(replace(synthetic_head(1, 150, 100), softcap=2.0, window=70), 0.5)
     scores = np.einsum("igd,jd->gij", head.q.astype(float), head.k.astype(float)) * head.scale

@@ -14,11 +14,12 @@ SPECS = {
     "gqa": LayerSpec(0, 4, 2, 16, 16, 0.25),
     "sliding": LayerSpec(0, 2, 2, 16, 16, 0.25, attention_kind="sliding", sliding_window=9),
     "softcap": LayerSpec(0, 2, 1, 16, 16, 0.5, softcap=2.0),
+    "alibi": LayerSpec(0, 4, 2, 16, 16, 0.25, alibi_slopes=(0.5, 0.25, 0.1, 0.0)),
     "bidirectional": LayerSpec(0, 2, 2, 16, 16, 0.25, attention_kind="bidirectional"),
 }
 
 
-def naive(q: Float, k: Float, spec: LayerSpec) -> Float:
+def naive(q: Float, k: Float, spec: LayerSpec, head: int) -> Float:
     """Softmax of one head, in float64, cell by cell."""
     n = len(q)
     found = np.zeros((n, n))
@@ -27,6 +28,8 @@ def naive(q: Float, k: Float, spec: LayerSpec) -> Float:
             score = float(q[i].astype(np.float64) @ k[j]) * spec.scale
             if spec.softcap:
                 score = spec.softcap * np.tanh(score / spec.softcap)
+            if spec.alibi_slopes:
+                score += spec.alibi_slopes[head] * (j - i)
             found[i, j] = np.exp(score)
             if spec.attention_kind != "bidirectional" and j > i:
                 found[i, j] = 0
@@ -45,7 +48,7 @@ def test_attention_is_the_softmax(synthetic_trace: SyntheticTrace, name: str) ->
     assert data.k is not None
     for head in range(spec.num_q_heads):
         kv_head = head // (spec.num_q_heads // spec.num_kv_heads)
-        want = naive(data.q[:, head], data.k[:, kv_head], spec)
+        want = naive(data.q[:, head], data.k[:, kv_head], spec, head)
         np.testing.assert_allclose(trace.attention(0, head), want, atol=1e-5)
 
 

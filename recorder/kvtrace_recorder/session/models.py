@@ -6,6 +6,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from transformers.modeling_utils import PreTrainedModel
+
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import ModelInfo
 
@@ -18,24 +20,34 @@ class ModelState:
     key : int
         The session's number for it.
     model : torch.nn.Module
-        A transformers model.
+        Of transformers, or any other.
     """
 
     def __init__(self, key: int, model: Any) -> None:
-        self.config = model.config
-        self.info = ModelInfo(key, str(getattr(model.config, "_name_or_path", "")), describe(model))
+        self.is_plain = not isinstance(model, PreTrainedModel)
+        self.config = None if self.is_plain else model.config
+        described = _describe_plain(model) if self.is_plain else describe(model)
+        self.info = ModelInfo(key, str(getattr(self.config, "_name_or_path", "")), described)
         self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
         self.end_tokens = _end_tokens(model)
         #: Layers that every step must show; None until the first whole step.
         self.expected: frozenset[int] | None = None
         self.specs: dict[int, LayerSpec] = {}
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._names = {id(module): name for name, module in model.named_modules()}
 
-    def layer_of(self, module: Any) -> int:
-        """Number of an attention module: its own `layer_idx`, else in the order of first calls."""
-        key = id(module)
+    def name_of(self, module: Any) -> str | None:
+        """Name of a module in the model."""
+        return self._names.get(id(module))
+
+    def layer_of(self, module: Any, nth: int = 0) -> int:
+        """Number of an attention module's nth call in a step.
+
+        Its own `layer_idx` (GPT-Neo says `layer_id`), else in the order of first calls.
+        """
+        key = (id(module), nth)
         if key not in self._numbers:
-            own = getattr(module, "layer_idx", None)
+            own = getattr(module, "layer_idx", getattr(module, "layer_id", None))
             taken = set(self._numbers.values())
             free = next(number for number in range(len(taken) + 1) if number not in taken)
             self._numbers[key] = own if isinstance(own, int) and own not in taken else free
@@ -70,11 +82,26 @@ def describe(model: Any) -> dict[str, Any]:
     }
 
 
+def _describe_plain(model: Any) -> dict[str, Any]:
+    """The same of a model that has no configuration."""
+    first = next(model.parameters(), None)
+    unknown = ("num_layers", "hidden_size", "vocab_size", "attn_implementation")
+    return {
+        **dict.fromkeys(unknown),
+        "name": type(model).__name__,
+        "architecture": type(model).__name__,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
+        "device": None if first is None else str(first.device),
+        "config": {},
+    }
+
+
 def _end_tokens(model: Any) -> tuple[frozenset[int], frozenset[int]]:
     """Tokens that end a sequence, and tokens that a finished row of a batch is filled with."""
     ends: set[int] = set()
     fills: set[int] = set()
-    for source in (getattr(model, "generation_config", None), model.config):
+    for source in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         ends |= _token_set(getattr(source, "eos_token_id", None))
         fills |= _token_set(getattr(source, "pad_token_id", None))
     return frozenset(ends), frozenset(ends | fills)

@@ -286,13 +286,14 @@ class Recording:
 
 
 def _check_model(model: Any) -> None:
-    modules = getattr(model, "modules", None)
-    if callable(modules):
-        from transformers.modeling_utils import PreTrainedModel
+    import torch
 
-        if any(isinstance(module, PreTrainedModel) for module in modules()):
-            return
+    if isinstance(model, torch.nn.Module):
+        # The taps are installed once this is imported, which a user's program may never do.
+        import transformers.modeling_utils  # noqa: F401
+
+        return
     raise InputError(
-        f"a {type(model).__name__} was given; a transformers model was expected, or a module that"
-        " contains one; load it with AutoModelForCausalLM.from_pretrained"
+        f"a {type(model).__name__} was given; a torch.nn.Module was expected; load one with"
+        " AutoModelForCausalLM.from_pretrained, or build your own"
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
 
 from kvtrace.layout import DETAIL_ARRAYS
 from kvtrace_recorder.messages import CacheChange, Gap, Sequenced, StepRecord
@@ -21,9 +22,10 @@ from kvtrace_recorder.session.changes import apply_change
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.models import ModelState
+from kvtrace_recorder.session.plain import begin_unshaped
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook, RequestState
 from kvtrace_recorder.session.step import ActiveStep
-from kvtrace_recorder.taps.call import parse_call
+from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
 from kvtrace_recorder.taps.masks import token_mask
 from kvtrace_recorder.taps.operands import collect_rows, take_rows
@@ -49,6 +51,8 @@ class Session:
     ) -> None:
         self.guard = TapGuard(strict=strict, report=self._report)
         self.pid = os.getpid()
+        #: The model to record where it is none of transformers' and contains none.
+        self.plain = None if model is None or _has_transformers(model) else model
         self._wanted = None if model is None else {id(module) for module in model.modules()}
         self._pipeline = pipeline
         self._kinds = DETAIL_ARRAYS[detail]
@@ -81,6 +85,8 @@ class Session:
 
     def wants(self, module: Any) -> bool:
         """Whether a call of this model begins a step."""
+        if self.plain is not None:
+            return module is self.plain
         return self._wanted is None or id(module) in self._wanted
 
     def begin(
@@ -91,9 +97,11 @@ class Session:
         model = self._model(module)
         if is_paged(kwargs):
             return self._begin_batch(model, kwargs)
+        if model.is_plain:
+            return begin_unshaped(self, model, args, kwargs)
         inputs = read_inputs(model, args, kwargs)
         if isinstance(inputs, str):
-            self._note_once(inputs)
+            self.note_once(inputs)
             return None
         entry = self._book.entry_for(inputs.cache, inputs.past, inputs.batch)
         try:
@@ -103,14 +111,18 @@ class Session:
             real = np.ones((inputs.batch, inputs.length), bool)
         if inputs.is_decode:
             real &= ~_fillers(model, entry, inputs)
-        return self._step(model, inputs, entry, real)
+        return self.new_step(model, inputs, entry, real)
 
     def attention(self, step: ActiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An attention layer has run."""
+        self.attended(step, parse_call(args, kwargs))
+
+    def attended(self, step: ActiveStep, call: Call) -> None:
+        """An attention layer has run with these operands."""
         if step.record.fault is not None:
             return
         try:
-            take_rows(step, parse_call(args, kwargs), self._kinds, self._dtype)
+            take_rows(step, call, self._kinds, self._dtype)
         except UnrecordableError as error:
             step.record.fault = str(error)
 
@@ -161,9 +173,14 @@ class Session:
         self.batches.finish()
         self._send_ended()
 
-    def _step(
+    def new_entry(self, batch: int) -> CacheEntry:
+        """Requests of a step that has no cache."""
+        return self._book.entry_for(None, 0, batch)
+
+    def new_step(
         self, model: ModelState, inputs: StepInputs, entry: CacheEntry, real: Bools
     ) -> ActiveStep:
+        """A step over the tokens of `inputs`, of which `real` are no padding."""
         entry.real = np.concatenate([entry.real[:, : inputs.past], real], axis=1)
         counts = real.sum(axis=1)
         record = StepRecord(
@@ -227,7 +244,7 @@ class Session:
             step.model.expected = found
             if not found:
                 name = step.model.info.columns["architecture"]
-                self._note_once(f"q, k and v of {name}: no attention call passed the tap")
+                self.note_once(f"q, k and v of {name}: no attention call passed the tap")
         if found == step.model.expected:
             return None
         differing = sorted(found ^ step.model.expected)
@@ -242,7 +259,8 @@ class Session:
     def _report(self, tap: str, reason: str) -> None:
         self._pipeline.put(Gap(f"{tap} tap", 1, reason))
 
-    def _note_once(self, reason: str) -> None:
+    def note_once(self, reason: str) -> None:
+        """Note in the trace what it does not hold, once a recording."""
         if reason not in self._noted:
             self._noted.add(reason)
             self._pipeline.put(Gap("model calls", 1, reason))
@@ -255,6 +273,10 @@ class Session:
 def _sequenced(row: int, state: RequestState, count: int, inputs: StepInputs) -> Sequenced:
     prompt = state.prompt_tokens or count - inputs.num_candidates
     return Sequenced(state.request, row, state.tokens, count, not state.is_known, prompt)
+
+
+def _has_transformers(model: Any) -> bool:
+    return any(isinstance(module, PreTrainedModel) for module in model.modules())
 
 
 def _fillers(model: ModelState, entry: CacheEntry, inputs: StepInputs) -> Bools:

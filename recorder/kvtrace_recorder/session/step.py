@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import StepRecord
@@ -63,6 +66,14 @@ class ActiveStep:
         Masks already compared in this step.
     is_packed : bool
         Whether one batch row holds several sequences (continuous batching).
+    in_attention : bool
+        Whether an attention function runs whose call another tap sees.
+    attended : Counter
+        Calls of each attention module, by id, that were found without an interface.
+    masks : dict
+        What masks show, by id.
+    ids : numpy.ndarray or None
+        Token ids of a step whose shape is not known yet.
     """
 
     model: ModelState
@@ -78,6 +89,10 @@ class ActiveStep:
     tap_ns: int = 0
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     is_packed: bool = False
+    in_attention: bool = False
+    attended: Counter[int] = field(default_factory=Counter)
+    masks: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    ids: NDArray[np.int64] | None = None
 
     @cached_property
     def is_contiguous(self) -> bool:

@@ -12,10 +12,19 @@ if TYPE_CHECKING:
 def patches(session: Session) -> list[Patch]:
     """The patches of all taps, in the order to apply them."""
     # Imported here: the taps need transformers, and nothing is imported before the user does.
-    from kvtrace_recorder.taps import attention, cache, model_forward, paged_cache
+    from kvtrace_recorder.taps import (
+        attention,
+        cache,
+        model_forward,
+        paged_cache,
+        sdpa,
+        softmax,
+    )
 
     return [
         *attention.patches(session),
+        *sdpa.patches(session),
+        *softmax.patches(session),
         *cache.patches(session),
         *paged_cache.patches(session),
         *model_forward.patches(session),

@@ -36,9 +36,15 @@ def patches(session: Session) -> list[Patch]:
 
 def _observed(session: Session, function: Callable[..., Any]) -> Callable[..., Any]:
     def attention(*args: Any, **kwargs: Any) -> Any:
-        output = function(*args, **kwargs)
         step = session.current
-        if step is not None:
+        if step is None:
+            return function(*args, **kwargs)
+        step.in_attention = True
+        try:
+            output = function(*args, **kwargs)
+        finally:
+            step.in_attention = False
+        if step is session.current:
             started = time.perf_counter_ns()
             session.guard.run(NAME, session.attention, step, args, kwargs)
             step.tap_ns += time.perf_counter_ns() - started

@@ -23,7 +23,9 @@ class Call:
     mask : torch.Tensor or None
         Whatever the kernel takes.
     extra : dict
-        scaling, sliding_window, softcap, s_aux and the rest.
+        scaling, sliding_window, softcap, s_aux, alibi_slopes and the rest.
+    nth : int
+        Which of its module's calls in the step this is.
     """
 
     module: Any
@@ -32,6 +34,7 @@ class Call:
     v: torch.Tensor
     mask: Any
     extra: dict[str, Any]
+    nth: int = 0
 
 
 def parse_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -62,6 +62,11 @@ def token_mask(mask: Any, past: int, batch: int, length: int) -> Bools:
     return np.broadcast_to(columns, (batch, length)).copy()
 
 
+def is_check_due(step: ActiveStep) -> bool:
+    """Whether the masks of a step are looked at."""
+    return not step.past or step.length > 1 or step.entry.steps % CHECK_EVERY == 1
+
+
 def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> None:
     """Compare a few rows of the mask with what a reader of the trace will assume.
 
@@ -86,7 +91,7 @@ def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> No
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
         _check_no_mask(step, call, spec)
         return
-    if step.past and step.length == 1 and step.entry.steps % CHECK_EVERY != 1:
+    if not is_check_due(step):
         return
     seen_before = (id(mask), spec.attention_kind, spec.sliding_window)
     if seen_before in step.checked:

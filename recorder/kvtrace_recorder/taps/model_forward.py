@@ -17,7 +17,7 @@ NAME = "model forward"
 
 
 def patches(session: Session) -> list[Patch]:
-    """The patch of this tap: `__call__` of every transformers model.
+    """The patches of this tap: `__call__` of every transformers model, or of the model's class.
 
     At class level rather than by hooks on one model, so that a model nobody named is found at
     its first call; hooks on all modules would put every linear layer on torch's slow call path.
@@ -37,7 +37,8 @@ def patches(session: Session) -> list[Patch]:
 
         return call
 
-    return [Patch(PreTrainedModel, "__call__", make)]
+    classes = [PreTrainedModel] if session.plain is None else [type(session.plain)]
+    return [Patch(owner, "__call__", make) for owner in classes]
 
 
 def _observed(

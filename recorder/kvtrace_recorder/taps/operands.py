@@ -34,7 +34,7 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) 
     UnrecordableError
         Where the rows or what they attended to cannot be known.
     """
-    layer = step.model.layer_of(call.module)
+    layer = step.model.layer_of(call.module, call.nth)
     if layer in step.taken:
         raise UnrecordableError(
             f"layer {layer} attended twice in one step; cross attention is not recorded"
@@ -107,7 +107,7 @@ def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
     if window is not None and not causal:
         raise UnrecordableError(f"layer {layer} slides in both directions")
     scaling, width = extra.get("scaling"), call.q.shape[3]
-    softcap = extra.get("softcap")
+    softcap, slopes = extra.get("softcap"), extra.get("alibi_slopes")
     return LayerSpec(
         layer=layer,
         num_q_heads=call.q.shape[1],
@@ -120,6 +120,8 @@ def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
         softcap=None if softcap is None else float(softcap),
         has_sinks=extra.get("s_aux") is not None,
         rope_theta=model.rope_theta(call.module),
+        name=model.name_of(call.module),
+        alibi_slopes=None if slopes is None else tuple(slopes),
     )
 
 

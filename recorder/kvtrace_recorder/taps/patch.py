@@ -1,4 +1,4 @@
-"""Replacing an attribute of a class and putting it back."""
+"""Replacing an attribute of a class or a module and putting it back."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ _ABSENT = object()
 
 
 class Patch:
-    """One replaced class attribute.
+    """One replaced attribute.
 
     Parameters
     ----------
-    owner : type
-        The class.
+    owner : type or module
+        Whose attribute it is.
     name : str
         The attribute; may be inherited, which restoring respects.
     make : callable
-        Given what the class has now, returns what stands there while the patch is applied.
+        Given what the owner has now, returns what stands there while the patch is applied.
     """
 
-    def __init__(self, owner: type, name: str, make: Callable[[Any], Any]) -> None:
+    def __init__(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
         self._owner, self._name, self._make = owner, name, make
         self._original: Any = _ABSENT
         self._applied = False

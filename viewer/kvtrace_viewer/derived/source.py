@@ -34,7 +34,7 @@ class HeadMap:
                 "this trace holds no queries; attention maps need q, k and lse; "
                 "record it with --detail qkv"
             )
-        self._spec = layer.spec
+        self._spec, self._head = layer.spec, head
         self._q = layer.q[:, head]
         self._k = layer.k[:, head // layer.spec.group_size]
         self._lse = layer.lse[:, head]
@@ -55,7 +55,13 @@ class HeadMap:
         """Weights [row, key] of the query positions given; NaN where a query sees no key."""
         keys = np.arange(key_start, key_stop, dtype=np.int64)
         found = attention.weights(
-            self._q[rows], self._k[key_start:key_stop], self._lse[rows], rows, keys, self._spec
+            self._q[rows],
+            self._k[key_start:key_stop],
+            self._lse[rows],
+            rows,
+            keys,
+            self._spec,
+            self._head,
         )
         if not self._sees_all(rows, key_stop):
             found[~attention.visible(rows, keys, self._spec)] = np.nan

@@ -35,6 +35,8 @@ class Head:
         Keys a query can see, itself included; None where it sees all.
     softcap : float or None
         Scores are softcap * tanh(score / softcap).
+    alibi_slopes : float32 [query head of the group] or None
+        Added to a score times (key position - query position).
     has_sinks : bool
         Whether a learned sink takes its part of every row's attention.
     received : float32 [token, query head of the group] or None
@@ -52,6 +54,7 @@ class Head:
     prompt_tokens: int
     window: int | None = None
     softcap: float | None = None
+    alibi_slopes: Floats | None = None
     has_sinks: bool = False
     received: Floats | None = None
     layer: int = 0
@@ -101,6 +104,9 @@ class Head:
             np.tanh(scores, out=scores)
             scores *= np.float32(self.softcap)
         rows = scores.reshape(self.group, stop - start, stop)
+        if self.alibi_slopes is not None:
+            distance = np.arange(stop)[None, :] - np.arange(start, stop)[:, None]
+            rows += self.alibi_slopes[:, None, None] * distance.astype(np.float32)
         self._hide(rows, start, stop)
         if self.lse is None:
             rows -= rows.max(axis=2, keepdims=True)

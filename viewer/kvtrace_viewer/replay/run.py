@@ -341,6 +341,7 @@ def heads_of(data: LayerData, request: Request, num_layers: int) -> list[Head]:
                 f"usable {name}; all were expected; see the gaps in `kvtrace info`"
             )
     group = spec.group_size
+    slopes = None if spec.alibi_slopes is None else np.array(spec.alibi_slopes, np.float32)
     return [
         Head(
             q=data.q[:, h * group : (h + 1) * group],
@@ -351,6 +352,7 @@ def heads_of(data: LayerData, request: Request, num_layers: int) -> list[Head]:
             prompt_tokens=min(request.prompt_tokens, data.n),
             window=spec.sliding_window,
             softcap=spec.softcap,
+            alibi_slopes=None if slopes is None else slopes[h * group : (h + 1) * group],
             has_sinks=spec.has_sinks,
             received=None
             if data.received is None

@@ -1,0 +1,81 @@
+"""Attention calls that no interface announces: common to the taps that find them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from kvtrace_recorder.session.plain import shape_step
+from kvtrace_recorder.session.session import Session
+from kvtrace_recorder.session.step import ActiveStep
+from kvtrace_recorder.taps.call import Call
+from kvtrace_recorder.taps.guard import UnrecordableError
+from kvtrace_recorder.taps.settle import settle
+
+NAME = "attention"
+
+
+def listening(session: Session) -> ActiveStep | None:
+    """The running step, where a call is not already seen by another tap.
+
+    Calls while autograd runs are those of gradient checkpointing: the step has seen them before.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    step = session.current
+    if step is None or step.in_attention or torch._C._current_graph_task_id() >= 0:
+        return None
+    return step
+
+
+def take(
+    session: Session,
+    step: ActiveStep,
+    call: Call,
+    explain: Callable[[ActiveStep, Call], None] | None = None,
+) -> None:
+    """Take the rows of an attention call of the running step.
+
+    Parameters
+    ----------
+    session : Session
+        The recording.
+    step : ActiveStep
+        The step.
+    call : Call
+        Its mask is None or has four axes: bool, or added to the scaled scores.
+    explain : callable, optional
+        Says in the call's `extra` what its mask does not.
+
+    Notes
+    -----
+    A call over other tokens than the step's (an encoder inside the model, cross attention) is
+    left out and noted.
+    """
+    if step.record.fault is not None:
+        return
+    try:
+        if not step.batch:
+            shape_step(session, step, call)
+        q, k = call.q, call.k
+        if q.shape[0] != step.batch or q.shape[2] != step.length or k.shape[2] < step.length:
+            session.note_once(_left_out(step, call))
+            return
+        call.nth = step.attended[id(call.module)]
+        step.attended[id(call.module)] += 1
+        if explain is not None:
+            explain(step, call)
+        settle(step, call)
+    except UnrecordableError as error:
+        step.record.fault = str(error)
+        return
+    session.attended(step, call)
+
+
+def _left_out(step: ActiveStep, call: Call) -> str:
+    return (
+        f"{type(call.module).__name__} of {step.model.info.columns['architecture']} attended from"
+        f" {call.q.shape[0]} x {call.q.shape[2]} to {call.k.shape[2]} tokens while the model ran"
+        f" over {step.batch} x {step.length}; such layers are not recorded"
+    )
