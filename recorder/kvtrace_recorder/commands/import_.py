@@ -1,11 +1,9 @@
 """Make a trace from outside data.
 
-Formats:
-  qkv-npz   q{l} [q_head, token, head_dim], k{l}, v{l} [kv_head, token, head_dim] per layer l from
-            0, after rotary embedding, and ids [token]; optional q_prerope{l}, wo [layer, hidden,
-            q_head*head_dim] and prompt_tokens (default: all). Kept in the file's own type.
+`kvtrace import FORMAT --help` tells what a format holds and which options it takes.
 
-Example: kvtrace import qkv-npz run.npz --out run.kvtrace
+Examples: kvtrace import qkv-npz run.npz --out run.kvtrace
+          kvtrace import kv-events tcp://localhost:5557 --out served.kvtrace
 """
 
 from __future__ import annotations
@@ -22,11 +20,20 @@ from kvtrace_recorder.importers import FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    parser.add_argument("format", choices=tuple(FORMATS), help="what the file holds")
-    parser.add_argument("file", metavar="FILE", help="the file to read")
-    parser.add_argument("--out", metavar="T", required=True, help="the trace to make")
-    add_force(parser)
+    """Declare a subcommand for every format."""
+    formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
+    for name, module in FORMATS.items():
+        importer = importlib.import_module(module)
+        text = (importer.__doc__ or "").strip()
+        one = formats.add_parser(
+            name,
+            help=text.splitlines()[0],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        importer.add_arguments(one)
+        one.add_argument("--out", metavar="T", required=True, help="the trace to make")
+        add_force(one)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     check_new_path(out, force=args.force)
     importer = importlib.import_module(FORMATS[args.format])
-    command = ["kvtrace", "import", args.format, args.file]
-    importer.import_file(Path(args.file), out, force=args.force, command=command)
+    importer.run_import(args, out, ["kvtrace", "import", args.format, args.source])
     print(summary(out), file=sys.stderr)
     return 0

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import kvtrace
+from kvtrace import Trace
 from kvtrace.console import human_bytes
 from kvtrace.errors import TraceError
 
@@ -24,12 +25,24 @@ def summary(path: Path, opened: Path | None = None) -> str:
         trace = kvtrace.open(opened or path)
     except TraceError:
         return f"kvtrace: nothing was recorded: no transformers model ran ({path} was not made)"
+    if not trace.rows and trace.table("kv_events").num_rows:
+        return _of_events(trace, path)
     if not trace.rows:
-        return f"kvtrace: nothing was recorded: no transformers model ran ({path} holds no rows)"
+        return f"kvtrace: nothing was recorded: {path} holds no rows and no KV events"
     return (
         f"kvtrace: {trace.rows:,} tokens of {len(trace.requests())} requests in {path}"
         f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
         f" kvtrace replay {path} --policy h2o --budget 25%; kvtrace view {path.parent}"
+    )
+
+
+def _of_events(trace: Trace, path: Path) -> str:
+    events, blocks = (trace.table(name).num_rows for name in ("kv_events", "blocks"))
+    question = "select event, device, count(*) n from kv_events group by all order by all"
+    return (
+        f"kvtrace: {events:,} KV events of {blocks:,} blocks in {path}"
+        f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
+        f' kvtrace sql {path} "{question}"'
     )
 
 

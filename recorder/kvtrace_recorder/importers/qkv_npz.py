@@ -8,6 +8,7 @@ tokens at a scale of 1/sqrt(head_dim) is assumed.
 
 from __future__ import annotations
 
+import argparse
 import re
 import zipfile
 from collections.abc import Sequence
@@ -25,19 +26,13 @@ Array = NDArray[Any]
 _KINDS = ("q", "k", "v")
 
 
-def import_file(path: Path, out: Path, *, force: bool, command: Sequence[str]) -> None:
-    """Make a trace of one request from an .npz file.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the source."""
+    parser.add_argument("source", metavar="FILE", help="the .npz file to read")
 
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file.
-    out : pathlib.Path
-        The trace to make, in the file's own type.
-    force : bool
-        Replace an existing trace.
-    command : sequence of str
-        Kept in the trace.
+
+def run_import(args: argparse.Namespace, out: Path, command: Sequence[str]) -> None:
+    """Make a trace of one request, in the file's own type.
 
     Raises
     ------
@@ -46,7 +41,7 @@ def import_file(path: Path, out: Path, *, force: bool, command: Sequence[str]) -
     TraceError
         Where `out` exists and may not be replaced.
     """
-    with _QkvFile(path) as file:
+    with _QkvFile(Path(args.source)) as file:
         # Everything is checked before anything is made.
         specs = [file.spec(layer, file.rows(layer)) for layer in range(file.layers)]
         file.check_wo(specs)
@@ -56,7 +51,7 @@ def import_file(path: Path, out: Path, *, force: bool, command: Sequence[str]) -
             command=command,
             dtype=file.dtype,
             extra=("q_prerope",) if file.has_prerope else (),
-            force=force,
+            force=args.force,
         )
         with writer:
             _write(writer, file, specs)
