@@ -7,6 +7,22 @@
 Importing this package imports neither torch nor transformers, and patches nothing.
 """
 
-from kvtrace_recorder.session.recording import Recording, record
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.recording import Recording, record
 
 __all__ = ["Recording", "record"]
+
+_HOMES = {
+    "Recording": "kvtrace_recorder.session.recording",
+    "record": "kvtrace_recorder.session.recording",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: every Python process under `kvtrace record` imports us first."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

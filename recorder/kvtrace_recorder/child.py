@@ -1,7 +1,8 @@
-"""Recording a command that needs a process of its own: `kvtrace record -- some-command ARGS`.
+"""Recording every Python process under `kvtrace record`, each into a rank of one trace.
 
-The command runs with a folder on PYTHONPATH whose sitecustomize calls `start`, in every Python
-process under it. The first of them that imports transformers is recorded.
+The program runs with a folder on PYTHONPATH whose sitecustomize calls `start`, in every Python
+process under it; those that import transformers and run a model are recorded. Every process that
+the program starts imports this module: it imports nothing heavy itself.
 """
 
 from __future__ import annotations
@@ -13,60 +14,71 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvtrace.errors import InputError, KvtraceError
 from kvtrace_recorder.imports import AfterImport
 
 VARIABLE = "KVTRACE_RECORD"
 INJECT = Path(__file__).parent / "inject"
+#: What ends a command from outside; Ctrl-C reaches it by the terminal.
+_FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 
 
-def run_command(command: Sequence[str], options: dict[str, Any]) -> int:
-    """Run a command and record the first Python process in it that imports transformers.
+def recorded_environment(options: Mapping[str, Any]) -> dict[str, str]:
+    """Environment variables under which the Python processes of a program are recorded.
+
+    Parameters
+    ----------
+    options : mapping
+        Arguments of `record`, `path` and `launch` included.
+    """
+    held = os.environ.get("PYTHONPATH")
+    return {
+        VARIABLE: json.dumps(options),
+        "PYTHONPATH": f"{INJECT}{os.pathsep}{held}" if held else str(INJECT),
+    }
+
+
+def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command and wait for its end, passing on what is meant for it.
 
     Parameters
     ----------
     command : sequence of str
         Looked up on PATH.
-    options : dict
-        Arguments of `record`, `path` included.
+    environment : mapping of str to str
+        Set in addition to this process's.
 
     Returns
     -------
     int
         The command's exit status; 128 + n where signal n ended it.
+    """
+    child = subprocess.Popen(list(command), env={**os.environ, **environment})
+    with _forwarding(child):
+        status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+def check_command(name: str) -> None:
+    """Refuse a command that is not on PATH.
 
     Raises
     ------
     InputError
-        Where there is no such command.
+        With what was expected.
     """
-    if shutil.which(command[0]) is None:
+    from kvtrace.errors import InputError
+
+    if shutil.which(name) is None:
         raise InputError(
-            f"{command[0]} was not found; SCRIPT.py, -m MODULE or a command on PATH was expected"
+            f"{name} was not found; SCRIPT.py, -m MODULE or a command on PATH was expected"
             " after `--`; check its name"
         )
-    with tempfile.TemporaryDirectory(prefix="kvtrace-") as folder:
-        given = {**options, "path": str(Path(options["path"]).absolute()), "claim": folder}
-        held = os.environ.get("PYTHONPATH")
-        environment = {
-            **os.environ,
-            VARIABLE: json.dumps(given),
-            "PYTHONPATH": f"{INJECT}{os.pathsep}{held}" if held else str(INJECT),
-        }
-        child = subprocess.Popen(list(command), env=environment)
-        # Ctrl-C reaches the child by the terminal; we only wait for how it ends.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            status = child.wait()
-        finally:
-            signal.signal(signal.SIGINT, before)
-    return status if status >= 0 else 128 - status
 
 
 def start() -> None:
@@ -77,18 +89,12 @@ def start() -> None:
 
 
 def _record(options: dict[str, Any]) -> None:
+    from kvtrace.errors import KvtraceError
     from kvtrace_recorder.session.recording import record
 
     try:
-        claim = Path(options.pop("claim")) / "claimed"
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        recording = record(None, options.pop("path"), **options)
+        recording = record(None, **options, on_fork=start)
         recording.__enter__()
-    except FileExistsError:
-        print(
-            f"kvtrace: process {os.getpid()} is not recorded: another one of this command is",
-            file=sys.stderr,
-        )
     except (KvtraceError, OSError) as error:
         print(f"kvtrace: not recorded: {error}", file=sys.stderr)
     else:
@@ -106,3 +112,19 @@ def _close(recording: Any) -> None:
     # The interpreter leaves the exception that ended the program here.
     error = getattr(sys, "last_value", None)
     recording.__exit__(type(error) if error is not None else None, error, None)
+
+
+@contextmanager
+def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While the command runs, Ctrl-C is its own business and other endings go to it."""
+
+    def forward(number: int, frame: object) -> None:
+        child.send_signal(number)
+
+    before: dict[int, Any] = {number: signal.signal(number, forward) for number in _FORWARDED}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -15,13 +15,18 @@ from pathlib import Path
 import duckdb
 
 from kvtrace import tables
-from kvtrace.layout import DATABASE, JOURNAL, REPLAYS
+from kvtrace.layout import DATABASE, JOURNAL, REPLAYS, rank_number
 from kvtrace.store import StoreReader
 
 
-def rank_stores(trace: Path) -> list[StoreReader]:
-    """The stores of the recording processes, by rank."""
-    return [StoreReader(path.parent) for path in sorted(trace.glob(f"rank-*/{JOURNAL}"))]
+def stores_by_rank(trace: Path) -> dict[int, StoreReader]:
+    """The stores of the recording processes, by their numbers."""
+    found = {rank_number(path.parent.name): path.parent for path in _journals(trace)}
+    return {rank: StoreReader(found[rank]) for rank in sorted(found)}
+
+
+def _journals(trace: Path) -> list[Path]:
+    return list(trace.glob(f"rank-*/{JOURNAL}"))
 
 
 def replay_stores(trace: Path) -> list[StoreReader]:
@@ -62,7 +67,7 @@ def is_fresh(trace: Path) -> bool:
 
 def _changed_ns(trace: Path) -> int:
     """When the recording or the set of its replays last changed."""
-    sources = [trace / REPLAYS, *trace.glob(f"rank-*/{JOURNAL}")]
+    sources = [trace / REPLAYS, *_journals(trace)]
     return max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)
 
 
@@ -76,7 +81,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, trace: Path) -> None:
 
 
 def _segments(trace: Path) -> dict[str, list[Path]]:
-    ranks, replays = rank_stores(trace), replay_stores(trace)
+    ranks, replays = stores_by_rank(trace).values(), replay_stores(trace)
     return {
         name: [
             path

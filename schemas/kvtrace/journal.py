@@ -6,6 +6,7 @@ or damaged ends the journal: everything before it stands, nothing after it exist
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import zlib
@@ -57,7 +58,8 @@ class JournalWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("xb")
+        # Without a buffer of its own: a forked child would write out what it inherited in one.
+        self._file = path.open("xb", buffering=0)
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def append(
@@ -66,8 +68,9 @@ class JournalWriter:
         """Commit: one write call, so a killed process leaves a whole line or a torn last one."""
         entry = {"rows": rows, "segments": segments, "closed": closed, "complete": complete}
         body = json.dumps(entry, separators=(",", ":")).encode()
-        self._file.write(b"%08x %s\n" % (zlib.crc32(body), body))
-        self._file.flush()
+        line = b"%08x %s\n" % (zlib.crc32(body), body)
+        if self._file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, "the journal's line was cut off")
 
     def close(self) -> None:
         """Release the lock."""

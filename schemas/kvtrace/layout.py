@@ -34,6 +34,11 @@ def rank_directory(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
+def rank_number(directory: str) -> int:
+    """The rank whose folder has this name."""
+    return int(directory.removeprefix("rank-"))
+
+
 def array_name(kind: str, group: int) -> str:
     """Name of the array of `kind` for a group of equally shaped layers."""
     return kind if group == 0 else f"{kind}_{group}"

@@ -30,6 +30,8 @@ class Manifest:
         recorded, imported or synthetic.
     command : list of str
         The command line that made it.
+    launch : str or None
+        What the processes that recorded it together have in common; None where it was one.
     """
 
     kvtrace_version: str
@@ -38,6 +40,7 @@ class Manifest:
     command: list[str]
     format_version: str = FORMAT_VERSION
     required_features: list[str] = field(default_factory=list)
+    launch: str | None = None
 
     def write(self, trace: Path) -> None:
         """Write atomically."""

@@ -8,14 +8,14 @@ CREATE TABLE runs (
     detail VARCHAR, dtype VARCHAR, selection VARCHAR
 );
 COMMENT ON TABLE runs IS 'One row per recording process.';
-COMMENT ON COLUMN runs.run IS 'The rank of the recording process; numbers of steps, requests and models of rank r begin at r * 1,000,000,000.';
+COMMENT ON COLUMN runs.run IS 'The rank of the recording process; numbers of steps, requests, models and blocks of rank r begin at r * 1,000,000,000.';
 COMMENT ON COLUMN runs.source IS 'recorded: taken from real inference; imported: from an outside file; synthetic: made up, for tests.';
 COMMENT ON COLUMN runs.detail IS 'What was asked for: events, summary, qk or qkv.';
 COMMENT ON COLUMN runs.selection IS 'Of that, what was asked for, as JSON: layers, heads (KV heads), queries, max_bytes; null where all.';
 COMMENT ON COLUMN runs.dtype IS 'Storage type of q, k and v: float16 or float32.';
 
 CREATE TABLE models (
-    model INTEGER, name VARCHAR, architecture VARCHAR, num_layers INTEGER, hidden_size INTEGER,
+    model BIGINT, name VARCHAR, architecture VARCHAR, num_layers INTEGER, hidden_size INTEGER,
     vocab_size INTEGER, num_parameters BIGINT, dtype VARCHAR, device VARCHAR,
     attn_implementation VARCHAR, config VARCHAR
 );
@@ -24,7 +24,7 @@ COMMENT ON COLUMN models.dtype IS 'Type the model computed in, before storage.';
 COMMENT ON COLUMN models.config IS 'The model''s configuration as JSON.';
 
 CREATE TABLE layers (
-    model INTEGER, layer INTEGER, attention_kind VARCHAR, num_q_heads INTEGER, num_kv_heads INTEGER,
+    model BIGINT, layer INTEGER, attention_kind VARCHAR, num_q_heads INTEGER, num_kv_heads INTEGER,
     head_dim INTEGER, value_dim INTEGER, scale DOUBLE, sliding_window INTEGER, softcap DOUBLE,
     has_sinks BOOLEAN, rope_theta DOUBLE, array_group INTEGER, array_index INTEGER,
     name VARCHAR, kv_heads INTEGER[], alibi_slopes DOUBLE[]
@@ -40,7 +40,7 @@ COMMENT ON COLUMN layers.kv_heads IS 'The model''s numbers of the KV heads that 
 COMMENT ON COLUMN layers.alibi_slopes IS 'Per query head, added to the scaled score times (key position - query position); null without ALiBi.';
 
 CREATE TABLE requests (
-    request BIGINT, run INTEGER, model INTEGER, external_id VARCHAR, batch_index INTEGER,
+    request BIGINT, run INTEGER, model BIGINT, external_id VARCHAR, batch_index INTEGER,
     prompt_tokens INTEGER, started_ns BIGINT, encoder_request BIGINT
 );
 COMMENT ON TABLE requests IS 'One row per sequence: a batch of four is four requests.';
@@ -63,7 +63,7 @@ COMMENT ON COLUMN tokens.source IS 'prompt or generated.';
 COMMENT ON COLUMN tokens.row IS 'The row that processed it.';
 
 CREATE TABLE steps (
-    step BIGINT, run INTEGER, model INTEGER, phase VARCHAR, batch_size INTEGER,
+    step BIGINT, run INTEGER, model BIGINT, phase VARCHAR, batch_size INTEGER,
     num_tokens INTEGER, started_ns BIGINT, duration_ns BIGINT, training_step BIGINT
 );
 COMMENT ON TABLE steps IS 'One row per forward pass of a model.';
@@ -112,7 +112,7 @@ COMMENT ON TABLE gaps IS 'What the trace does not hold, when, and why.';
 COMMENT ON COLUMN gaps.count IS 'How many of what were lost.';
 
 CREATE TABLE verifications (
-    model INTEGER, layer INTEGER, rows INTEGER, max_error DOUBLE, mean_error DOUBLE
+    model BIGINT, layer INTEGER, rows INTEGER, max_error DOUBLE, mean_error DOUBLE
 );
 COMMENT ON TABLE verifications IS 'Recorded with verify: attention outputs recomputed from what was recorded, against the model''s own.';
 COMMENT ON COLUMN verifications.rows IS 'Query rows compared.';

@@ -45,11 +45,14 @@ class Trace:
     ----------
     path : path-like
         The trace directory.
+    rank : int, optional
+        The recording process whose rows, tables and arrays are read; default: the lowest.
+        `sql`, `status` and `bytes` are about all of them.
 
     Raises
     ------
     TraceError
-        Where there is no trace, or one of a format this version cannot read.
+        Where there is no trace, one of a format this version cannot read, or no such rank.
 
     Examples
     --------
@@ -57,16 +60,20 @@ class Trace:
     >>> trace.attention(layer=0, head=0)                   # doctest: +SKIP
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], rank: int | None = None) -> None:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
-        stores = database.rank_stores(self.path)
-        if not stores:
+        self._stores: dict[int, StoreReader] = database.stores_by_rank(self.path)
+        if not self._stores:
             raise TraceError(
                 f"{self.path} holds no rank; a recording was expected;"
                 " it was killed before it wrote anything: record again"
             )
-        self._store: StoreReader = stores[0]
+        self.rank = min(self._stores) if rank is None else rank
+        if self.rank not in self._stores:
+            have = ", ".join(map(str, self.ranks))
+            raise TraceError(f"rank {rank} was not found in {self.path}; it has {have}")
+        self._store = self._stores[self.rank]
 
     def __repr__(self) -> str:
         return f"<Trace {self.path} {self.status}, {self.rows} rows>"
@@ -77,15 +84,27 @@ class Trace:
         return self.path.stem
 
     @property
+    def ranks(self) -> list[int]:
+        """Numbers of the processes that recorded, in order."""
+        return sorted(self._stores)
+
+    @property
     def status(self) -> str:
-        """complete, recording (a process is writing), or cut off (it died or was stopped)."""
-        if self._store.complete:
-            return "complete"
-        return "recording" if self._store.writer_alive else "cut off"
+        """complete, recording (a process is writing), or cut off (it died or was stopped).
+
+        Of several processes: complete when all are, recording while any is.
+        """
+        found = [_status(store) for store in self._stores.values()]
+        return next((state for state in ("recording", "cut off") if state in found), "complete")
+
+    @property
+    def rank_status(self) -> str:
+        """The same of the rank alone."""
+        return _status(self._store)
 
     @property
     def rows(self) -> int:
-        """Tokens processed, over all requests: the length of axis 0 of every array."""
+        """Tokens that the rank processed, over all requests: length of axis 0 of its arrays."""
         return self._store.rows
 
     @property
@@ -98,20 +117,23 @@ class Trace:
 
         Without it `rows` and `status` may move on, but no request grows under its reader.
         """
-        self._store.refresh()
+        for store in self._stores.values():
+            store.refresh()
+        self._stores = database.stores_by_rank(self.path) | self._stores
         for name in _CACHED:
             self.__dict__.pop(name, None)
 
     def table(self, name: str) -> pa.Table:
-        """A whole table of schema.sql."""
+        """A whole table of schema.sql, as the rank wrote it; replays' tables hold them all."""
         if name in tables.REPLAY_TABLES:
             parts = [store.table(name) for store in database.replay_stores(self.path)]
             return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
         return self._store.table(name)
 
     def sql(self, query: str, **limits: Any) -> pa.Table:
-        """Run one reading SQL statement; see `kvtrace.sql.query` for the limits."""
-        return sql.query(self.path, query, closed=self._store.closed, **limits)
+        """Run one reading SQL statement over all ranks; see `kvtrace.sql.query` for limits."""
+        closed = all(store.closed for store in self._stores.values())
+        return sql.query(self.path, query, closed=closed, **limits)
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -413,15 +435,22 @@ class Trace:
         return np.asarray(values, np.float32)
 
 
-def open_trace(path: str | os.PathLike[str]) -> Trace:
+def open_trace(path: str | os.PathLike[str], rank: int | None = None) -> Trace:
     """Open a trace for reading, also while it is being recorded.
+
+    Parameters
+    ----------
+    path : path-like
+        The trace directory.
+    rank : int, optional
+        The recording process to read, where there are several; default: the lowest.
 
     Raises
     ------
     TraceError
-        Where there is no trace, or one of a format this version cannot read.
+        Where there is no trace, one of a format this version cannot read, or no such rank.
     """
-    return Trace(path)
+    return Trace(path, rank)
 
 
 def list_traces(root: str | os.PathLike[str]) -> list[Path]:
@@ -437,6 +466,12 @@ def list_traces(root: str | os.PathLike[str]) -> list[Path]:
             names.clear()
         names[:] = [name for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _status(store: StoreReader) -> str:
+    if store.complete:
+        return "complete"
+    return "recording" if store.writer_alive else "cut off"
 
 
 def _positions(asked: slice | Ids | None, tokens: int) -> Ids:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace import database
-from kvtrace.errors import InputError, TraceError
+from kvtrace.errors import InputError
 from kvtrace.layout import DETAIL_ARRAYS, QUERY_ARRAYS, array_name, rank_directory
-from kvtrace.manifest import Manifest, is_trace
+from kvtrace.manifest import Manifest
+from kvtrace.ranks import claim_rank, make_trace, numbered
 from kvtrace.store import StoreWriter
 from kvtrace.version import __version__
 
@@ -85,6 +85,9 @@ class _Lane:
 class TraceWriter:
     """Writes one process's part of a trace. Not thread-safe: one thread owns it.
 
+    Numbers of steps, requests, models and blocks are given to it as the process counts them, from
+    0; in the trace those of rank r begin at r * 1,000,000,000.
+
     Parameters
     ----------
     path : path-like
@@ -105,11 +108,16 @@ class TraceWriter:
         Replace an existing trace. Nothing but a trace or an empty directory is ever replaced.
     versions : mapping of str to str, optional
         Versions of the libraries recorded from ("torch", "transformers").
+    rank : int or None
+        Number of this process's folder; None: the next free one.
+    launch : str, optional
+        What the processes of one launch have in common. With it the trace is made by the first of
+        them and joined by the others.
 
     Raises
     ------
     TraceError
-        Where `path` exists and may not be replaced.
+        Where `path` exists and may not be replaced or joined, or the rank is taken.
     InputError
         For an unknown detail or dtype.
     """
@@ -126,11 +134,16 @@ class TraceWriter:
         selection: Mapping[str, Any] | None = None,
         force: bool = False,
         versions: Mapping[str, str] | None = None,
+        rank: int | None = 0,
+        launch: str | None = None,
     ) -> None:
         _check_choice("detail", detail, DETAIL_ARRAYS)
         _check_choice("dtype", dtype, ("float16", "float32"))
         self.path = Path(path)
-        _make_directory(self.path, force=force)
+        now = time.time_ns()
+        manifest = Manifest(__version__, now, source, list(command), launch=launch)
+        make_trace(self.path, manifest, force=force)
+        self.rank = claim_rank(self.path, rank)
         self.dtype = dtype
         kinds = (*DETAIL_ARRAYS[detail], *extra)
         self._kinds = tuple(kind for kind in kinds if kind not in SUM_ARRAYS)
@@ -146,9 +159,7 @@ class TraceWriter:
         self._overflow: dict[str, int] = {}
         self._models = 0
         self._closed = False
-        now = time.time_ns()
-        Manifest(__version__, now, source, list(command)).write(self.path)
-        self._store = StoreWriter(self.path / rank_directory(0))
+        self._store = StoreWriter(self.path / rank_directory(self.rank))
         self.append(
             "runs", _run_row(now, source, command, detail, dtype, versions or {}, selection)
         )
@@ -195,7 +206,7 @@ class TraceWriter:
             self._step_model = int(values["model"][-1])
         elif table == "rows":
             self._begin_step(values)
-        self._store.append(table, values)
+        self._store.append(table, numbered(table, values, self.rank))
 
     def add_fork(self, request: int, source: int, tokens: int) -> None:
         """Let `request` go on from the first `tokens` tokens of `source` (itself for a crop).
@@ -279,7 +290,7 @@ class TraceWriter:
         return True
 
     def close(self, *, complete: bool = True) -> None:
-        """Seal the arrays and build `trace.duckdb`; further calls do nothing."""
+        """Seal the arrays; the last rank to do so builds `trace.duckdb`. Once."""
         if self._closed:
             return
         self._closed = True
@@ -289,7 +300,8 @@ class TraceWriter:
         self._pad_lanes()
         self._store.commit(self.rows)
         self._store.close(complete=complete)
-        database.build(self.path)
+        if all(store.closed for store in database.stores_by_rank(self.path).values()):
+            database.build(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -372,28 +384,6 @@ class TraceWriter:
                 self._store.pad(array_name(kind, lane.group), lane.index, self.rows)
 
 
-def check_new_path(path: Path, *, force: bool) -> None:
-    """Refuse a path where no trace may be made; for callers with slow work before the writing.
-
-    Raises
-    ------
-    TraceError
-        Where `path` is something else than a trace or an empty directory, or is a trace and
-        `force` is not given.
-    """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if not is_trace(path):
-        raise TraceError(
-            f"{path} exists and is not a trace; a new path was expected; choose another --out"
-        )
-    if not force:
-        raise TraceError(
-            f"{path} exists; a new path was expected; choose another --out,"
-            " or --force to replace it"
-        )
-
-
 def directory_bytes(path: Path) -> int:
     """Bytes of all files under a directory; files that vanish meanwhile do not count."""
     total = 0
@@ -409,13 +399,6 @@ def directory_bytes(path: Path) -> int:
 def _check_choice(what: str, found: str, choices: Any) -> None:
     if found not in choices:
         raise InputError(f"{what} {found!r} is unknown; one of {', '.join(choices)} was expected")
-
-
-def _make_directory(path: Path, *, force: bool) -> None:
-    check_new_path(path, force=force)
-    if is_trace(path):
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
 
 
 def _run_row(

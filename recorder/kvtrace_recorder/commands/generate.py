@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from kvtrace.errors import InputError
-from kvtrace.writer import check_new_path
+from kvtrace.ranks import check_new_path
 from kvtrace_recorder.commands.options import add_recording_options
 from kvtrace_recorder.commands.summary import quiet, summary
 

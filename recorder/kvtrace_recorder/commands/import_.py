@@ -13,7 +13,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from kvtrace.writer import check_new_path
+from kvtrace.ranks import check_new_path
 from kvtrace_recorder.commands.options import add_force
 from kvtrace_recorder.commands.summary import summary
 from kvtrace_recorder.importers import FORMATS

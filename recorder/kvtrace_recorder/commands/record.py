@@ -1,7 +1,8 @@
 """Record any program that runs a transformers model, unchanged.
 
 The program runs as if it had been started directly; every transformers model it runs is recorded
-from its first forward pass on. What follows `--`:
+from its first forward pass on, in whichever process under it: each process that runs a model gets
+a rank of the trace (torchrun's own number where there is one). What follows `--`:
 
   SCRIPT.py ARGS     a script, run in this process
   -m MODULE ARGS     a module, likewise
@@ -13,16 +14,26 @@ Example: kvtrace record --out run.kvtrace -- generate.py --prompt "Once upon a t
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from kvtrace.writer import check_new_path
-from kvtrace_recorder.child import run_command
+from kvtrace.manifest import Manifest
+from kvtrace.ranks import discard_empty, make_trace
+from kvtrace.version import __version__
+from kvtrace_recorder.child import (
+    VARIABLE,
+    check_command,
+    recorded_environment,
+    run_command,
+    start,
+)
 from kvtrace_recorder.commands.options import add_recording_options
 from kvtrace_recorder.commands.summary import summary
-from kvtrace_recorder.launch import parse_program, run_program
+from kvtrace_recorder.launch import Program, parse_program, run_program
 from kvtrace_recorder.session.recording import record
 
 
@@ -53,22 +64,44 @@ def run(args: argparse.Namespace) -> int:
     name = program.name if program is not None else Path(words[0]).stem
     out = Path(args.out or f"traces/{name}-{time.strftime('%Y%m%d-%H%M%S')}.kvtrace")
     opened = out.absolute()
+    command = ["kvtrace", "record", "--", *words]
     options: dict[str, Any] = {
+        "path": str(opened),
+        "launch": uuid4().hex,
         "detail": args.detail,
         "dtype": args.dtype,
-        "force": args.force,
         "strict": args.strict,
         "on_full": args.on_full,
-        "command": ["kvtrace", "record", "--", *words],
+        "command": command,
     }
-    check_new_path(out, force=args.force)
     if program is None:
-        status = run_command(words, {"path": str(out), **options})
+        check_command(words[0])
+    manifest = Manifest(__version__, time.time_ns(), "recorded", command, launch=options["launch"])
+    make_trace(out, manifest, force=args.force)
+    pid = os.getpid()
+    if program is None:
+        status = run_command(words, recorded_environment(options))
     else:
-        recording = record(None, out, **options)
+        status = _run_here(program, options)
+    # A child that the program forked comes along here too.
+    if os.getpid() == pid:
+        discard_empty(opened)
+        print(summary(out, opened), file=sys.stderr)
+    return status
+
+
+def _run_here(program: Program, options: dict[str, Any]) -> int:
+    """Run a script or a module in this process; its children are recorded as a command's are."""
+    before = dict(os.environ)
+    os.environ.update(recorded_environment(options))
+    try:
+        recording = record(None, **options, on_fork=start)
         with recording:
             outcome = run_program(program)
             recording.complete = outcome.finished
-        status = outcome.status
-    print(summary(out, opened), file=sys.stderr)
-    return status
+    finally:
+        for name in (VARIABLE, "PYTHONPATH"):
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]
+    return outcome.status

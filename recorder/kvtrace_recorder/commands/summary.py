@@ -25,12 +25,15 @@ def summary(path: Path, opened: Path | None = None) -> str:
         trace = kvtrace.open(opened or path)
     except TraceError:
         return f"kvtrace: nothing was recorded: no transformers model ran ({path} was not made)"
-    if not trace.rows and trace.table("kv_events").num_rows:
+    ranks = [kvtrace.open(trace.path, rank) for rank in trace.ranks]
+    rows, requests = sum(r.rows for r in ranks), sum(len(r.requests()) for r in ranks)
+    shown = f" by {len(ranks)} processes" if len(ranks) > 1 else ""
+    if not rows and trace.table("kv_events").num_rows:
         return _of_events(trace, path)
-    if not trace.rows:
+    if not rows:
         return f"kvtrace: nothing was recorded: {path} holds no rows and no KV events"
     return (
-        f"kvtrace: {trace.rows:,} tokens of {len(trace.requests())} requests in {path}"
+        f"kvtrace: {rows:,} tokens of {requests} requests{shown} in {path}"
         f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
         f" kvtrace replay {path} --policy h2o --budget 25%; kvtrace view {path.parent}"
     )

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kvtrace.errors import InputError, TraceError
+from kvtrace.layout import rank_directory
 from kvtrace.writer import TraceWriter
+from kvtrace_recorder.distributed import environment_launch, environment_rank
 from kvtrace_recorder.imports import AfterImport
 from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.pipeline import Pipeline
+from kvtrace_recorder.session import active
 from kvtrace_recorder.session.versions import library_versions
 from kvtrace_recorder.tokens.texts import TokenTexts
 
@@ -24,9 +27,6 @@ if TYPE_CHECKING:
 
 #: Bytes that may wait for the writer.
 QUEUE_BYTES = 256 << 20
-
-_lock = threading.Lock()
-_active: Recording | None = None
 
 
 def record(
@@ -42,11 +42,16 @@ def record(
     queue_bytes: int = QUEUE_BYTES,
     progress: bool | None = None,
     command: Sequence[str] | None = None,
+    launch: str | None = None,
+    on_fork: Callable[[], None] | None = None,
 ) -> Recording:
     """Record what a model does with its KV cache while the `with` block runs.
 
     Nothing is patched before the block is entered, and everything is put back when it is left,
-    however it is left. The model's outputs stay bit-identical.
+    however it is left. The model's outputs stay bit-identical. A forked child is not recorded.
+
+    Under torchrun and its like (RANK and WORLD_SIZE in the environment) all processes that give
+    the same path record into one trace, each as the rank that it is.
 
     Parameters
     ----------
@@ -75,6 +80,10 @@ def record(
         A progress line on standard error; by default where that is a terminal.
     command : sequence of str, optional
         Kept in the trace as the command that made it; by default this process's.
+    launch : str, optional
+        Given by `kvtrace record`: the launch whose trace this process joins, at its first step.
+    on_fork : callable, optional
+        Called in a forked child once this recording has been left to the parent.
 
     Returns
     -------
@@ -84,7 +93,8 @@ def record(
     Raises
     ------
     TraceError
-        On entering, where `path` exists and may not be replaced, or another recording runs.
+        On entering, where `path` exists and may not be replaced or joined, or another recording
+        runs.
     InputError
         For an unknown detail, dtype or on_full, and for a model that is none of transformers'.
     """
@@ -105,6 +115,8 @@ def record(
         queue_bytes=queue_bytes,
         progress=progress,
         command=list(sys.argv if command is None else command),
+        launch=launch,
+        on_fork=on_fork,
     )
 
 
@@ -125,6 +137,8 @@ class Recording:
         queue_bytes: int,
         progress: bool | None,
         command: Sequence[str],
+        launch: str | None,
+        on_fork: Callable[[], None] | None,
     ) -> None:
         self.path = path
         #: Set to False inside the block where what ran did not reach its end.
@@ -135,6 +149,9 @@ class Recording:
         self._force, self._strict = force, strict
         self._on_full, self._queue_bytes, self._progress = on_full, queue_bytes, progress
         self._command = command
+        self._launch, self._on_fork = launch, on_fork
+        self._pid: int | None = None
+        self._opening = threading.RLock()
         self._pipeline: Pipeline | None = None
         self._session: Session | None = None
         self._patches: list[Patch] = []
@@ -166,23 +183,17 @@ class Recording:
         return self._opened.gap_reasons
 
     def __enter__(self) -> Self:
-        global _active
-        with _lock:
-            if _active is not None:
-                raise TraceError(
-                    f"a recording into {_active.path} is running in this process; one at a time"
-                    " was expected; leave its `with` block first"
-                )
-            if self._pipeline is not None:
-                raise TraceError(
-                    f"the recording into {self.path} was entered before; a new one was expected;"
-                    " call record() again"
-                )
-            _active = self
+        if self._pid is not None:
+            raise TraceError(
+                f"the recording into {self.path} was entered before; a new one was expected;"
+                " call record() again"
+            )
+        active.begin(self)
+        self._pid = os.getpid()
         try:
             self._start()
         except BaseException:
-            _active = None
+            active.end()
             raise
         return self
 
@@ -192,15 +203,24 @@ class Recording:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        global _active
+        if os.getpid() != self._pid:
+            # A forked child leaves the block too; the recording is its parent's.
+            return
         try:
             self._remove_taps()
             if self._session is not None:
                 self._session.finish()
         finally:
-            _active = None
-            self._opened.close(complete=error is None and self.complete)
+            active.end()
+            if self._pipeline is not None:
+                self._pipeline.close(complete=error is None and self.complete)
         self._report(finished=error is None)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: no tap and no trace, and what `on_fork` does instead."""
+        self._remove_taps()
+        if self._on_fork is not None:
+            self._on_fork()
 
     @property
     def _opened(self) -> Pipeline:
@@ -212,29 +232,48 @@ class Recording:
         return self._pipeline
 
     def _start(self) -> None:
-        writer = TraceWriter(
-            self.path,
-            command=self._command,
-            detail=self._detail,
-            dtype=self._dtype,
-            force=self._force,
-            versions=library_versions(),
-        )
-        self._pipeline = Pipeline(
-            writer,
-            self._texts,
-            queue_bytes=self._queue_bytes,
-            on_full=self._on_full,
-            progress=self._progress,
-        )
+        if self._launch is None:
+            self._open()
         try:
             # The cache classes are imported before the models', so this is late enough.
             self._waiting = AfterImport("transformers.modeling_utils", self._install_taps)
             self._waiting.install()
         except BaseException:
             self._remove_taps()
-            self._pipeline.close(complete=False)
+            if self._pipeline is not None:
+                self._pipeline.close(complete=False)
             raise
+
+    def _open(self) -> Pipeline:
+        """The pipeline, which makes this process's part of the trace when it is first needed."""
+        with self._opening:
+            if self._pipeline is None:
+                writer = TraceWriter(
+                    self.path,
+                    command=self._command,
+                    detail=self._detail,
+                    dtype=self._dtype,
+                    force=self._force,
+                    versions=library_versions(),
+                    rank=self._rank(),
+                    launch=self._launch or environment_launch(),
+                )
+                self._pipeline = Pipeline(
+                    writer,
+                    self._texts,
+                    queue_bytes=self._queue_bytes,
+                    on_full=self._on_full,
+                    progress=self._progress,
+                )
+            return self._pipeline
+
+    def _rank(self) -> int | None:
+        rank = environment_rank()
+        if self._launch is None:
+            return rank or 0
+        # A worker that its launcher restarted finds its number taken by the one that died.
+        is_taken = rank is not None and (self.path / rank_directory(rank)).exists()
+        return None if is_taken else rank
 
     def _install_taps(self) -> None:
         try:
@@ -243,7 +282,7 @@ class Recording:
 
             self._session = Session(
                 self._model,
-                self._opened,
+                self._open,
                 detail=self._detail,
                 dtype=self._dtype,
                 strict=self._strict,
@@ -258,7 +297,7 @@ class Recording:
                 raise
             reason = f"the taps could not be installed: {type(error).__name__}: {error}"
             print(f"kvtrace: {reason}", file=sys.stderr)
-            self._opened.put(Gap("taps", 1, reason))
+            self._open().put(Gap("taps", 1, reason))
 
     def _remove_taps(self) -> None:
         if self._waiting is not None:
@@ -268,7 +307,9 @@ class Recording:
         self._patches = []
 
     def _report(self, *, finished: bool) -> None:
-        pipeline = self._opened
+        pipeline = self._pipeline
+        if pipeline is None:
+            return
         if pipeline.failure is not None:
             message = f"writing {self.path} failed: {pipeline.failure}; what came before is kept"
             if self._strict and finished:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
+from kvtrace.errors import KvtraceError
 from kvtrace.layout import DETAIL_ARRAYS
 from kvtrace_recorder.messages import CacheChange, Gap, Sequenced, StepRecord
 from kvtrace_recorder.pipeline import Pipeline
@@ -38,8 +41,8 @@ class Session:
     ----------
     model : torch.nn.Module or None
         Only this model and what it contains; None: any transformers model that runs.
-    pipeline : Pipeline
-        Takes the steps.
+    open_pipeline : callable
+        Gives the pipeline that takes the steps: a process has none before it needs one.
     detail, dtype : str
         What is kept, and its storage type.
     strict : bool
@@ -47,14 +50,20 @@ class Session:
     """
 
     def __init__(
-        self, model: Any, pipeline: Pipeline, *, detail: str, dtype: str, strict: bool
+        self,
+        model: Any,
+        open_pipeline: Callable[[], Pipeline],
+        *,
+        detail: str,
+        dtype: str,
+        strict: bool,
     ) -> None:
         self.guard = TapGuard(strict=strict, report=self._report)
         self.pid = os.getpid()
         #: The model to record where it is none of transformers' and contains none.
         self.plain = None if model is None or _has_transformers(model) else model
         self._wanted = None if model is None else {id(module) for module in model.modules()}
-        self._pipeline = pipeline
+        self._open_pipeline = open_pipeline
         self._kinds = DETAIL_ARRAYS[detail]
         self._dtype = dtype
         self._local = threading.local()
@@ -63,6 +72,10 @@ class Session:
         self._book = RequestBook()
         self.batches = ContinuousBatches(pipeline, self._book)
         self._noted: set[str] = set()
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        return self._open_pipeline()
 
     @property
     def current(self) -> ActiveStep | None:
@@ -257,7 +270,11 @@ class Session:
         return found
 
     def _report(self, tap: str, reason: str) -> None:
-        self._pipeline.put(Gap(f"{tap} tap", 1, reason))
+        try:
+            self._pipeline.put(Gap(f"{tap} tap", 1, reason))
+        except (KvtraceError, OSError) as error:
+            # What the tap met was that the trace cannot be made.
+            print(f"kvtrace: not recorded: {error}", file=sys.stderr)
 
     def note_once(self, reason: str) -> None:
         """Note in the trace what it does not hold, once a recording."""

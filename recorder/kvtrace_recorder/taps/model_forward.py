@@ -52,11 +52,12 @@ def _observed(
         output = original(model, *args, **kwargs)
     except BaseException:
         session.leave_call()
-        if step is not None:
+        if step is not None and os.getpid() == session.pid:
             session.guard.run(NAME, session.abandon, step)
         raise
     elapsed = time.perf_counter_ns() - started
     session.leave_call()
-    if step is not None:
+    # A model may fork while it runs, and the step is the parent's.
+    if step is not None and os.getpid() == session.pid:
         session.guard.run(NAME, session.end, step, output, elapsed)
     return output

@@ -50,6 +50,7 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "models": [{key: row[key] for key in row if key != "config"} for row in models],
         "layers": len(trace.layers),
         "rows": trace.rows,
+        "ranks": _ranks(trace),
         "requests": len(trace.requests()),
         "steps": trace.table("steps").num_rows,
         "bytes": trace.bytes,
@@ -62,6 +63,14 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "replays": trace.replays()["replay"].to_pylist(),
         "replayable": _replayable(trace),
     }
+
+
+def _ranks(trace: kvtrace.Trace) -> list[dict[str, Any]]:
+    found = []
+    for rank in trace.ranks:
+        part = kvtrace.open(trace.path, rank)
+        found.append({"rank": rank, "rows": part.rows, "status": part.rank_status})
+    return found
 
 
 def _replayable(trace: kvtrace.Trace) -> list[dict[str, Any]]:
@@ -87,6 +96,9 @@ def _show(found: dict[str, Any]) -> None:
         f"holds     {found['rows']} rows, {found['requests']} requests, {found['steps']} steps,"
         f" {found['layers']} attention layers, {human_bytes(found['bytes'])}"
     )
+    if len(found["ranks"]) > 1:
+        for rank in found["ranks"]:
+            out.print(f"rank      {rank['rank']}: {rank['rows']} rows, {rank['status']}")
     out.print(f"detail    {found['detail']} in {found['dtype']}: {_precision(found)}")
     out.print(f"queries   {_selected(found)}")
     if found["verified"]:
