@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,18 +34,22 @@ class ContinuousBatches:
 
     Parameters
     ----------
-    pipeline : Pipeline
-        Takes what happened to the caches.
+    open_pipeline : callable
+        Gives the pipeline that takes what happened to the caches.
     book : RequestBook
         Numbers the requests.
     """
 
-    def __init__(self, pipeline: Pipeline, book: RequestBook) -> None:
-        self._pipeline = pipeline
+    def __init__(self, open_pipeline: Callable[[], Pipeline], book: RequestBook) -> None:
+        self._open_pipeline = open_pipeline
         self._book = book
         self._local = threading.local()
         self._lock = threading.Lock()
         self._caches: weakref.WeakKeyDictionary[Any, PagedCacheState] = weakref.WeakKeyDictionary()
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        return self._open_pipeline()
 
     def cache(self, pool: Any) -> PagedCacheState:
         """What is known of a cache, by its `CachePool`, which its allocators share."""

@@ -70,7 +70,7 @@ class Session:
         self._models: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
         self._keys = itertools.count()
         self._book = RequestBook()
-        self.batches = ContinuousBatches(pipeline, self._book)
+        self.batches = ContinuousBatches(open_pipeline, self._book)
         self._noted: set[str] = set()
 
     @property
