@@ -148,6 +148,8 @@ class StepRecord:
         By layer number; empty where only the events are kept.
     events : list of CacheEvent
         What the step did to the cache.
+    caveat : str or None
+        Why attention recomputed from the step's rows is not exactly the model's.
     fault : str or None
         Why the step's rows cannot be recorded; the step itself still is.
     """
@@ -163,6 +165,7 @@ class StepRecord:
     token_ids: Array | None = None
     layers: dict[int, LayerRows] = field(default_factory=dict)
     events: list[CacheEvent] = field(default_factory=list)
+    caveat: str | None = None
     fault: str | None = None
 
     @property

@@ -134,6 +134,8 @@ class Scribe:
                 self._note("tokens", step.num_tokens, step.fault, number)
             elif step.sequences:
                 whole.append((number, step))
+                if step.caveat is not None:
+                    self._note("exact attention of rows", step.num_tokens, step.caveat, number)
         self._writer.append("steps", _step_rows(self.steps, model, held))
         self.steps += len(held)
         if whole:

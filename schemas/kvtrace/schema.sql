@@ -83,11 +83,10 @@ CREATE TABLE kv_events (
     tokens INTEGER, bytes BIGINT, device VARCHAR, cache_group INTEGER, block_index INTEGER
 );
 COMMENT ON TABLE kv_events IS 'What happened to KV memory.';
-COMMENT ON COLUMN kv_events.step IS 'Null between steps.';
 COMMENT ON COLUMN kv_events.request IS 'Null where the event concerns the whole batch.';
 COMMENT ON COLUMN kv_events.step IS 'The step that the event came with, or before; null between steps.';
 COMMENT ON COLUMN kv_events.layer IS 'Null where the event concerns all layers, or all of a cache group: free, and events of a block.';
-COMMENT ON COLUMN kv_events.event IS 'Of a whole cache: grow, crop, reorder, free. Of a block: allocate, share, fork, free, evict, offload, restore, store, touch, remove. Of a pool: reset, clear; a reset with a request: its cache was given up and its tokens will be processed again.';
+COMMENT ON COLUMN kv_events.event IS 'Of a whole cache: grow, crop, reorder, offload, restore, free. Of a block: allocate, share, fork, free, evict, offload, restore, store, touch, remove. Of a pool: reset, clear; a reset with a request: its cache was given up and its tokens will be processed again.';
 COMMENT ON COLUMN kv_events.block IS 'The block, for events of one block; table blocks describes it.';
 COMMENT ON COLUMN kv_events.cache_group IS 'Group of layers that share block tables; null where there is one.';
 COMMENT ON COLUMN kv_events.block_index IS 'Index of the block in the request''s block table; null where it stands in none.';

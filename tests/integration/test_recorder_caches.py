@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -17,7 +19,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
 import kvtrace
 from kvtrace_recorder import record
@@ -59,6 +61,10 @@ def build(family: str, kernel: str = "sdpa", layers: int = 2, seed: int = 7) -> 
     elif family == "mistral":
         sliding = MistralConfig(**common, sliding_window=8)
         model = MistralForCausalLM._from_config(sliding, attn_implementation=kernel)
+    elif family == "gemma3":
+        kinds = ["sliding_attention", "full_attention"][:layers]
+        hybrid = Gemma3TextConfig(**common, head_dim=16, sliding_window=8, layer_types=kinds)
+        model = Gemma3ForCausalLM._from_config(hybrid, attn_implementation=kernel)
     else:
         llama = LlamaConfig(**common)
         model = LlamaForCausalLM._from_config(llama, attn_implementation=kernel)
@@ -250,3 +256,96 @@ def test_a_request_goes_on_after_a_crop_by_hand(tmp_path: Path) -> None:
     # A view of ten tokens' memory remains until the next step copies it.
     assert (crop["tokens"], crop["bytes"]) == (6, 2 * 10 * 48 * 4)
     assert crop["step"] is None
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_dynamic_static_and_sliding_caches(
+    cache: str, family: str, kernel: str, tmp_path: Path
+) -> None:
+    model = build(family, kernel)
+    ids = prompts(batch=2)
+    mask = torch.ones_like(ids)
+    ids[1, :3], mask[1, :3] = 0, 0
+
+    def run() -> Any:
+        return generate(model, ids, attention_mask=mask, cache_implementation=cache)
+
+    found, trace = recorded(tmp_path / "a.kvtrace", model, run)
+    assert check_attention(trace, model, 0) == found.sequences[0, :-1].tolist()
+    assert check_attention(trace, model, 1, 1e-4) == found.sequences[1, 3:-1].tolist()
+    sized = trace.sql("select * from kv_events where event <> 'free' order by ts_ns").to_pylist()
+    held = {e["layer"]: (e["tokens"], e["bytes"]) for e in sized}
+    slots = 25
+    window = {"dynamic": 7, "static": 8}[cache]
+    want = {"llama": [slots, slots], "mistral": [window, window], "gemma3": [window, slots]}[family]
+    width = model.config.head_dim * model.config.num_key_value_heads
+    assert [tokens for tokens, _ in held.values()] == want
+    # Keys and values of two rows; what slides is a view of a tensor with one token more.
+    memory = [tokens + (tokens == 7) for tokens in want]
+    assert [n for _, n in held.values()] == [2 * 2 * tokens * width * 4 for tokens in memory]
+
+
+@pytest.mark.parametrize("length", [3, 8, 30])
+def test_a_static_window_is_followed_while_it_fills_and_when_it_slides(
+    length: int, tmp_path: Path
+) -> None:
+    model = build("mistral", "eager")
+    ids = prompts(length=30)
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True), torch.no_grad():
+        # Filling, becoming full, full with one new token and with many.
+        for part in (ids[:, :length], ids[:, :3], ids[:, :3], ids[:, :1], ids[:, :1], ids[:, :12]):
+            model(part, past_key_values=cache)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert trace.table("gaps").num_rows == 0
+    assert len(check_attention(trace, model, 0)) == length + 20
+
+
+@pytest.mark.parametrize("options", [{"backend": "fp8"}, {"backend": "quanto", "nbits": 4}])
+def test_a_quantised_cache_says_what_its_rows_are(options: dict[str, Any], tmp_path: Path) -> None:
+    model = build("llama", "eager")
+    ids = prompts()
+    if options["backend"] == "quanto":
+        options = {**options, "q_group_size": 12, "residual_length": 4}
+
+    def run() -> Any:
+        cache = QuantizedCache(config=model.config, **options)
+        return generate(model, ids, past_key_values=cache, output_attentions=True)
+
+    plain = run()
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+        found = run()
+    assert all(torch.equal(a, b) for a, b in zip(plain.logits, found.logits, strict=True))
+    ((reason, count),) = recording.gaps.items()
+    name = {"fp8": "Fp8QuantizedLayer", "quanto": "QuantoQuantizedLayer"}[options["backend"]]
+    assert f"read earlier ones back from a {name}, rounded" in reason
+    assert count == 11
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert trace.tokens(0)["token_id"].to_pylist() == found.sequences[0, :-1].tolist()
+    for layer in range(2):
+        # The prompt attended to itself before anything was packed.
+        prompt = found.attentions[0][layer][0].numpy()
+        own = np.stack([trace.attention(layer, head)[:14, :14] for head in range(4)])
+        np.testing.assert_allclose(own, prompt, atol=1e-5)
+        last = found.attentions[-1][layer][0, :, 0].numpy()
+        later = np.stack([trace.attention(layer, head)[24] for head in range(4)])
+        assert 1e-5 < abs(later - last).max() < 0.2
+    # An eighth of float32 and scales, or a quarter; and what is not packed yet.
+    grown = events(trace, "grow")
+    assert [e["tokens"] for e in grown if e["layer"] == 0] == list(range(14, 26))
+    unpacked = 25 * 2 * 2 * 12 * 4
+    assert unpacked / 8 < grown[-1]["bytes"] < unpacked / 2
+
+
+def test_a_layer_that_comes_back_from_another_device_is_an_event(tmp_path: Path) -> None:
+    model = build("llama")
+    with record(model, tmp_path / "a.kvtrace", strict=True), torch.no_grad():
+        cache = model(prompts()).past_key_values
+        # Without a GPU no more of offloading runs than its copies.
+        cache.layers[1].device = torch.device("meta")
+        cache.layers[1].prefetch()
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    (event,) = events(trace, "restore")
+    assert (event["layer"], event["tokens"], event["device"]) == (1, 14, "meta")

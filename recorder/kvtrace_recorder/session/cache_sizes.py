@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers.cache_utils import BaseQuantizedLayer
 
 from kvtrace_recorder.messages import CacheEvent
 from kvtrace_recorder.session.requests import CacheEntry
@@ -27,10 +29,10 @@ def cache_events(cache: Any, entry: CacheEntry, change: str | None = None) -> li
     found = []
     now = time.time_ns()
     for number, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+        keys = getattr(layer, "keys", None)
+        if not isinstance(keys, torch.Tensor):
             continue
-        size = (keys.shape[-2] if keys.ndim > 1 else 0, _held_bytes(keys, values))
+        size = layer_size(layer)
         before = entry.sizes.get(number, (0, 0))
         if size != before or change == "reorder":
             event = change or ("grow" if size >= before else "crop")
@@ -39,7 +41,32 @@ def cache_events(cache: Any, entry: CacheEntry, change: str | None = None) -> li
     return found
 
 
-def _held_bytes(*tensors: torch.Tensor) -> int:
-    """Bytes of the memory behind some tensors: a cropped cache is a view of all it was."""
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
-    return sum(storages.values())
+def layer_size(layer: Any) -> tuple[int, int]:
+    """Slots and bytes that a layer of a cache holds, the latter over the whole batch.
+
+    A sliding layer holds its window, a static one all that it has room for, a quantised one its
+    packed keys and values with their scales, and those that it has not packed yet.
+    """
+    if isinstance(layer, BaseQuantizedLayer):
+        slots = layer.get_seq_length()
+    else:
+        slots = layer.keys.shape[-2] if layer.keys.ndim > 1 else 0
+    names = ("keys", "values", "_quantized_keys", "_quantized_values")
+    storages: dict[int, int] = {}
+    for tensor in _tensors([getattr(layer, name, None) for name in names]):
+        # The memory behind it: a cropped cache is a view of all it was.
+        memory = tensor.untyped_storage()
+        storages[memory.data_ptr()] = memory.nbytes()
+    return int(slots), sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Plain tensors inside lists, mappings, and tensors that are made of others."""
+    if hasattr(value, "__tensor_flatten__"):
+        names, _ = value.__tensor_flatten__()
+        value = [getattr(value, name) for name in names]
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

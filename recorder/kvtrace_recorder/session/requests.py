@@ -149,6 +149,11 @@ class RequestBook:
         held = self._entries.get(id(cache))
         return held[1] if held is not None and held[0]() is cache else None
 
+    def cache_with(self, layer: Any) -> Any:
+        """The cache that a layer belongs to; None where no recorded request lives in it."""
+        caches = (reference() for reference, _ in list(self._entries.values()))
+        return next((c for c in caches if any(x is layer for x in getattr(c, "layers", ()))), None)
+
     def bind(self, cache: Any, entry: CacheEntry) -> None:
         """Let the requests of `entry` go on with `cache`."""
         if self.find(cache) is entry:

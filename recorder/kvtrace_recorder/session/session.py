@@ -18,9 +18,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kvtrace.errors import KvtraceError
 from kvtrace.layout import DETAIL_ARRAYS
-from kvtrace_recorder.messages import CacheChange, Gap, Sequenced, StepRecord
+from kvtrace_recorder.messages import CacheChange, CacheEvent, Gap, Sequenced, StepRecord
 from kvtrace_recorder.pipeline import Pipeline
-from kvtrace_recorder.session.cache_sizes import cache_events
+from kvtrace_recorder.session.cache_sizes import cache_events, layer_size
 from kvtrace_recorder.session.changes import apply_change
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
@@ -179,6 +179,21 @@ class Session:
             entry.lost = str(error)
         if events := cache_events(cache, entry, event):
             self._pipeline.put(CacheChange(tuple(events)))
+
+    def layer_moved(self, layer: Any, event: str) -> None:
+        """A layer of a cache lies on another device now."""
+        cache = self._book.cache_with(layer)
+        if cache is None:
+            return
+        number = next(n for n, own in enumerate(cache.layers) if own is layer)
+        slots, nbytes = layer_size(layer)
+        device = str(layer.keys.device)
+        moved = CacheEvent(time.time_ns(), number, event, slots, nbytes, device)
+        step = self.current
+        if step is not None:
+            step.record.events.append(moved)
+        else:
+            self._pipeline.put(CacheChange((moved,)))
 
     def finish(self) -> None:
         """Send what is left; the taps are gone."""

@@ -16,6 +16,7 @@ def patches(session: Session) -> list[Patch]:
         attention,
         cache,
         model_forward,
+        offload,
         paged_cache,
         sdpa,
         softmax,
@@ -26,6 +27,7 @@ def patches(session: Session) -> list[Patch]:
         *sdpa.patches(session),
         *softmax.patches(session),
         *cache.patches(session),
+        *offload.patches(session),
         *paged_cache.patches(session),
         *model_forward.patches(session),
     ]

@@ -44,21 +44,22 @@ def token_mask(mask: Any, past: int, batch: int, length: int) -> Bools:
         For a mask of another kind.
     """
     if isinstance(mask, dict):
-        mask = mask.get("full_attention")
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if mask is None:
         return np.ones((batch, length), bool)
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         raise UnrecordableError(f"the attention mask is a {type(mask).__name__} of unknown form")
-    # Of four axes: the last query sees every token up to itself, and no padding.
-    last = mask[:, 0, -1] if mask.ndim == 4 else mask
-    covered = last.shape[1]
-    if covered < past + length and covered != length:
+    covered = mask.shape[-1]
+    if covered < length or (covered < past + length and covered != length and mask.ndim == 2):
         raise UnrecordableError(f"the attention mask covers {covered} of {past + length} tokens")
-    own = last[:, past : past + length] if covered > length else last
-    columns = seen_keys(own) if mask.ndim == 4 else (own != 0).cpu().numpy()
-    if mask.ndim == 4 and (_own(mask, past, length) & ~columns).any():
-        # Padding sees nothing, itself included.
-        raise UnrecordableError("the mask hides earlier tokens from the last one")
+    # A mask may cover the step alone, or a window: then the step stands at its end.
+    start = past if covered >= past + length else covered - length
+    if mask.ndim == 2:
+        columns = (mask[:, start : start + length] != 0).cpu().numpy()
+    else:
+        # A token sees itself, padding sees nothing.
+        own = mask[:, 0, -length:, start : start + length]
+        columns = seen_keys(torch.diagonal(own, dim1=1, dim2=2))
     return np.broadcast_to(columns, (batch, length)).copy()
 
 
@@ -109,11 +110,6 @@ def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> No
                 f"the mask of layer {spec.layer} is not that of {spec.attention_kind} attention"
                 " over one sequence"
             )
-
-
-def _own(mask: torch.Tensor, past: int, length: int) -> Bools:
-    """[batch, length]: whether each token of the step sees itself, by a mask of four axes."""
-    return seen_keys(torch.diagonal(mask[:, 0, -length:, past : past + length], dim1=1, dim2=2))
 
 
 def _check_no_mask(step: ActiveStep, call: Call, spec: LayerSpec) -> None:

@@ -22,6 +22,11 @@ from kvtrace_recorder.taps.packed_masks import check_packed_mask
 _FORMS: dict[type, str] = {}
 #: Steps with more rows than this are copied layer by layer, so that they do not pile up.
 DEFERRED_ROWS = 64
+#: What a quantised cache means for the rows.
+QUANTISED = (
+    "rows hold keys and values as they were computed; these rows read earlier ones back from a"
+    " {}, rounded, so attention recomputed from the trace is near the model's, not equal to it"
+)
 _IN_NUMPY = (torch.float16, torch.float32)
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -46,7 +51,7 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) 
             f" {step.batch} x {length} tokens"
         )
     spec = _spec(step.model, layer, call)
-    first, offset = _new_keys(step, layer, call.k)
+    first, offset = _new_keys(step, spec, call.k)
     if spec.sliding_window is not None and not step.is_contiguous:
         raise UnrecordableError("padding stands between the tokens of a sliding-window layer")
     if step.is_packed:
@@ -125,27 +130,34 @@ def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
     )
 
 
-def _new_keys(step: ActiveStep, layer: int, k: torch.Tensor) -> tuple[int, int]:
+def _new_keys(step: ActiveStep, spec: LayerSpec, k: torch.Tensor) -> tuple[int, int]:
     """Where in k the step's own keys begin, and which slot of the sequence k begins with."""
-    total, held = step.past + step.length, k.shape[2]
+    layer, total, held = spec.layer, step.past + step.length, k.shape[2]
     layers = getattr(step.cache, "layers", ())
     kept: Any = layers[layer] if layer < len(layers) else None
     form = _form(type(kept))
-    if form == "unknown":
-        raise UnrecordableError(f"layer {layer} keeps its keys in a {type(kept).__name__}")
-    if form == "static":
+    # A static window is filled like any static layer; past its end it holds what slides.
+    if form == "static" or (form == "static window" and total <= kept.max_cache_len):
         return step.past, 0
     if held < step.length or held > total or (step.cache is None and held != step.length):
         raise UnrecordableError(f"layer {layer} was given {held} keys after {total} tokens")
+    slides = spec.sliding_window is not None or getattr(kept, "is_sliding", False)
+    if held < total and not slides:
+        raise UnrecordableError(f"layer {layer} was given {held} keys of {total} tokens")
+    if form == "quantised" and step.past:
+        step.record.caveat = QUANTISED.format(type(kept).__name__)
     return held - step.length, total - held
 
 
 def _form(kept: type) -> str:
     """How a cache layer of this type hands keys to attention."""
     if kept not in _FORMS:
-        unknown = issubclass(kept, StaticSlidingWindowLayer | BaseQuantizedLayer)
-        static = issubclass(kept, StaticLayer)
-        _FORMS[kept] = "unknown" if unknown else "static" if static else "growing"
+        names = {
+            StaticSlidingWindowLayer: "static window",
+            StaticLayer: "static",
+            BaseQuantizedLayer: "quantised",
+        }
+        _FORMS[kept] = next((n for base, n in names.items() if issubclass(kept, base)), "growing")
     return _FORMS[kept]
 
 
