@@ -1,10 +1,14 @@
-"""What the taps hand to the writer thread: plain numpy, no torch, no reference to the model."""
+"""What the taps hand to the writer: plain values and numpy arrays, nothing of the model.
+
+A message may cross to another process (`kvtrace_recorder.writer.codec`), so every type here is a
+dataclass of plain values, arrays, and such dataclasses. `MESSAGES` lists them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,12 +29,31 @@ class ModelInfo:
     source : str
         Where its tokenizer may lie: a directory or a hub name, empty when unknown.
     columns : mapping
-        Columns of table `models`, and `config`.
+        Columns of table `models`, and `config`, all plain values.
     """
 
     key: int
     source: str
     columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Texts of some tokens, sent before the first step that has them.
+
+    Attributes
+    ----------
+    source : str
+        As in `ModelInfo`.
+    ids : list of int
+        Tokens.
+    texts : list of str or None
+        Their texts; None where unknown.
+    """
+
+    source: str
+    ids: list[int]
+    texts: list[str | None]
 
 
 @dataclass
@@ -69,12 +92,12 @@ class Sequenced:
 
 @dataclass
 class LayerRows:
-    """What one attention layer saw of a step's rows, in the trace's storage type.
+    """What one attention layer saw of a batch's rows, in the trace's storage type.
 
     Attributes
     ----------
     spec : LayerSpec
-        The layer as this call showed it.
+        The layer as the calls showed it.
     q : numpy.ndarray or None
         [row, q_head, head_dim]; None, like k and v, where the detail leaves it out.
     k : numpy.ndarray or None
@@ -106,9 +129,11 @@ class ForkedRequest:
     tokens: int
 
 
-@dataclass
-class CacheEvent:
-    """A row of `kv_events` before it knows its step; names as in schema.sql."""
+class CacheEvent(NamedTuple):
+    """A row of `kv_events` before it knows its step; names as in schema.sql.
+
+    A tuple, and a plain list at the writer's: a decode step makes one for every layer.
+    """
 
     ts_ns: int
     layer: int | None
@@ -124,12 +149,10 @@ class CacheEvent:
 
 @dataclass
 class StepRecord:
-    """One forward pass of one model.
+    """One forward pass of one model, without its rows.
 
     Attributes
     ----------
-    model : ModelInfo
-        The model that ran.
     phase : str
         prefill, decode, or mixed.
     batch_size : int
@@ -142,10 +165,8 @@ class StepRecord:
         What became of requests since the cache's last step, all at once.
     sequences : sequence of Sequenced
         The requests, in the order of the rows.
-    token_ids : numpy.ndarray or None
-        [row] int64; None where the model was given embeddings.
-    layers : dict of int to LayerRows
-        By layer number; empty where only the events are kept.
+    token_ids : list of int or None
+        One a row; None where the model was given embeddings.
     events : list of CacheEvent
         What the step did to the cache.
     caveat : str or None
@@ -154,7 +175,6 @@ class StepRecord:
         Why the step's rows cannot be recorded; the step itself still is.
     """
 
-    model: ModelInfo
     phase: str
     batch_size: int
     num_tokens: int
@@ -162,29 +182,35 @@ class StepRecord:
     duration_ns: int = 0
     forks: Sequence[ForkedRequest] = ()
     sequences: Sequence[Sequenced] = ()
-    token_ids: Array | None = None
-    layers: dict[int, LayerRows] = field(default_factory=dict)
+    token_ids: list[int] | None = None
     events: list[CacheEvent] = field(default_factory=list)
     caveat: str | None = None
     fault: str | None = None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the step holds while it waits for the writer."""
-        return 1024 + sum(layer.nbytes for layer in self.layers.values())
 
-    def without_rows(self, fault: str) -> StepRecord:
-        """The same step with its rows given up."""
-        return StepRecord(
-            model=self.model,
-            phase=self.phase,
-            batch_size=self.batch_size,
-            num_tokens=self.num_tokens,
-            started_ns=self.started_ns,
-            duration_ns=self.duration_ns,
-            events=self.events,
-            fault=fault,
-        )
+@dataclass
+class StepBatch:
+    """Consecutive forward passes of one model and what its layers saw of their rows.
+
+    Attributes
+    ----------
+    model : int
+        Key of the model, whose `ModelInfo` was sent before.
+    steps : list of StepRecord
+        In order; only the first may have forks.
+    layers : list of LayerRows
+        Rows of all steps without a fault, in order; empty where there are none.
+    """
+
+    model: int
+    steps: list[StepRecord]
+    layers: list[LayerRows] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+        whole = (step for step in self.steps if step.fault is None)
+        return sum(sequence.count for step in whole for sequence in step.sequences)
 
 
 @dataclass(frozen=True)
@@ -228,7 +254,21 @@ class Gap:
     reason: str
 
 
-Message = StepRecord | CacheChange | Ended | Gap
+Message = ModelInfo | Vocabulary | StepBatch | CacheChange | Ended | Gap
+#: Every dataclass that a message may be or hold.
+MESSAGES: tuple[type, ...] = (
+    ModelInfo,
+    Vocabulary,
+    LayerSpec,
+    LayerRows,
+    Sequenced,
+    ForkedRequest,
+    StepRecord,
+    StepBatch,
+    CacheChange,
+    Ended,
+    Gap,
+)
 
 
 def finite_float16(values: Array) -> tuple[Array, int]:

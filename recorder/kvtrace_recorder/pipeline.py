@@ -1,7 +1,9 @@
-"""The one thread that owns the trace: takes steps from a bounded queue and writes them.
+"""From the taps to the writer: bounded by bytes, and off the model's thread as far as can be.
 
-The model's threads only append to the queue. Log-sum-exps, token texts and everything on disk are
-this thread's work, in numpy: a torch thread setting would reach the model's own threads.
+The taps copy rows into slabs of shared memory and append messages to a queue. One thread looks up
+token texts and sends; the writer is a process of its own, because a second thread that runs
+Python takes the interpreter from the model at every operation. Where no process can be started,
+a thread writes instead.
 """
 
 from __future__ import annotations
@@ -10,162 +12,259 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-from kvtrace.writer import TraceWriter
-from kvtrace_recorder.messages import Message, StepRecord
+from kvtrace.errors import TraceError
+from kvtrace_recorder.messages import Message, ModelInfo, StepBatch, Vocabulary
 from kvtrace_recorder.progress import ProgressLine
-from kvtrace_recorder.scribe import Scribe, Texts
+from kvtrace_recorder.writer.loop import Status
+from kvtrace_recorder.writer.process import Answer, WriterProcess
+from kvtrace_recorder.writer.slabs import Slab, SlabPool
+from kvtrace_recorder.writer.thread import WriterThread
 
-#: A live reader is this far behind at most, as long as the disk keeps up.
-COMMIT_SECONDS = 0.3
-COMMIT_BYTES = 8 << 20
+#: What was held back for a batch is sent after so long, whether the batch is full or not.
+TICK_SECONDS = 0.1
 
+_GONE = "the writer's process ended before the recording"
 QUEUE_FULL = (
     "the writer was slower than the model and its queue was full; whole steps are dropped, and"
     " the rest of their requests with them (record with on_full='wait' to slow the model instead)"
 )
 
 
+class Texts(Protocol):
+    """Gives the text of a token; see `kvtrace_recorder.tokens.texts`."""
+
+    def of(self, source: str, token_id: int) -> str | None:
+        """Text of a token of the model that came from `source`; None where unknown."""
+
+
 class Pipeline:
-    """A queue bounded by bytes and the thread that empties it into a trace.
+    """The way of a recording's messages to its trace.
 
     Parameters
     ----------
-    writer : TraceWriter
-        From here on this pipeline's thread is its only user.
+    options : dict
+        Arguments of `kvtrace.writer.TraceWriter`, plain values.
     texts : Texts
-        Asked in the writer thread.
+        Asked in the sending thread.
     queue_bytes : int
-        Steps waiting may hold this many bytes; a single larger step is let through alone.
+        Rows waiting to be written may hold this many bytes; a single larger step is let through
+        alone.
     on_full : {"drop", "wait"}
         Drop whole steps, or make the model wait.
     progress : bool or None
         A line on standard error; None: only where that is a terminal.
+    on_tick : callable
+        Called every `TICK_SECONDS` from the sending thread.
+
+    Raises
+    ------
+    TraceError
+        Where the trace cannot be made.
     """
 
     def __init__(
         self,
-        writer: TraceWriter,
+        options: dict[str, Any],
         texts: Texts,
         *,
         queue_bytes: int,
         on_full: str,
         progress: bool | None,
+        on_tick: Callable[[], None],
     ) -> None:
-        self._writer = writer
-        self._scribe = Scribe(writer, texts)
+        self._texts = texts
         self._limit = queue_bytes
         self._waits = on_full == "wait"
         self._progress = ProgressLine(sys.stderr.isatty() if progress is None else progress)
-        self._messages: deque[Message] = deque()
+        self._pool = SlabPool()
+        self._queue: deque[tuple[int, Message, Sequence[Slab]]] = deque()
+        self._unwritten: dict[int, Sequence[Slab]] = {}
         self._bytes = 0
+        self._numbers = 0
         self._changed = threading.Condition()
-        self._stopping = False
-        self._complete = False
-        self._uncommitted = 0
-        self.failure: BaseException | None = None
+        self._stopping = self._complete = self._closed = False
+        self._sources: dict[int, str] = {}
+        self._sent_ids: dict[str, set[int]] = {}
+        self._on_tick = on_tick
+        self.status = Status()
+        self.failure: str | None = None
         self.dropped_tokens = 0
-        self._thread = threading.Thread(target=self._run, name="kvtrace-writer", daemon=True)
-        self._thread.start()
+        self._writer, self._answers = _open_writer(options)
+        self._threads = [
+            threading.Thread(target=run, name=f"kvtrace-{name}", daemon=True)
+            for name, run in (("send", self._send_all), ("hear", self._hear))
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    @property
-    def rows(self) -> int:
-        """Rows written so far."""
-        return self._writer.rows
+    def reserve(self, nbytes: int, admitted: bool = False, step_bytes: int = 0) -> Slab | None:
+        """Memory for rows, which the writer can see.
 
-    @property
-    def steps(self) -> int:
-        """Steps written so far, with or without rows."""
-        return self._scribe.steps
+        Parameters
+        ----------
+        nbytes : int
+            Room needed.
+        admitted : bool
+            Whether earlier rows of the same step have been let in: then these are.
+        step_bytes : int
+            What the whole step will need, where that is known and more.
 
-    @property
-    def requests(self) -> int:
-        """Requests written so far."""
-        return self._scribe.requests
-
-    @property
-    def gap_reasons(self) -> dict[str, int]:
-        """What is missing from the trace and how much, by reason."""
-        return dict(self._scribe.reasons)
-
-    def submit(self, step: StepRecord) -> str | None:
-        """Queue a step. Returns why its rows were given up, None where they were not."""
+        Returns
+        -------
+        Slab or None
+            None where the step must be dropped; `refusal` says why.
+        """
+        asked = max(nbytes, step_bytes)
         with self._changed:
-            while self.failure is None and self._is_full(step) and self._waits:
+            while not admitted and self._waits and self._is_full(asked):
                 self._changed.wait(0.1)
-            if self.failure is not None:
-                return f"the writer failed: {self.failure!r}"
-            dropped = QUEUE_FULL if self._is_full(step) else None
-            if dropped:
-                self.dropped_tokens += step.num_tokens
-                step = step.without_rows(dropped)
-            self._push(step, step.nbytes)
-        return dropped
+            if self.failure is not None or (not admitted and self._is_full(asked)):
+                return None
+            self._bytes += nbytes
+        slab = self._pool.get(nbytes)
+        slab.charged = nbytes
+        return slab
 
-    def put(self, message: Message) -> None:
-        """Queue a small message, whatever the queue holds."""
+    @property
+    def writer_pid(self) -> int | None:
+        """Process that writes; None where a thread of this one does."""
+        return self._writer.pid
+
+    @property
+    def refusal(self) -> str:
+        """Why `reserve` gave nothing."""
+        return QUEUE_FULL if self.failure is None else f"the writer failed: {self.failure}"
+
+    def give_back(self, slabs: Sequence[Slab]) -> None:
+        """Slabs that no message will carry."""
         with self._changed:
-            self._push(message, 0)
+            self._free(slabs)
+
+    def put(self, message: Message, slabs: Sequence[Slab] = ()) -> None:
+        """Queue a message; its arrays stand in these slabs, or are small."""
+        with self._changed:
+            self._numbers += 1
+            self._queue.append((self._numbers, message, slabs))
+            self._changed.notify_all()
 
     def close(self, *, complete: bool) -> None:
-        """Write what is queued, close the trace and end the thread."""
+        """Write what is queued, close the trace and end the writer."""
         with self._changed:
             self._stopping, self._complete = True, complete
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
+        self._writer.wait()
+        self._pool.close()
+        self._progress.clear()
 
-    def _is_full(self, step: StepRecord) -> bool:
-        return self._bytes > 0 and self._bytes + step.nbytes > self._limit
+    def _is_full(self, nbytes: int) -> bool:
+        return self.failure is None and self._bytes > 0 and self._bytes + nbytes > self._limit
 
-    def _push(self, message: Message, nbytes: int) -> None:
-        self._messages.append(message)
-        self._bytes += nbytes
+    def _free(self, slabs: Sequence[Slab]) -> None:
+        for slab in slabs:
+            self._bytes -= slab.charged
+            if not self._pool.put(slab):
+                self._writer.forget(slab)
         self._changed.notify_all()
 
-    def _run(self) -> None:
-        try:
-            self._drain()
-            self._scribe.flush()
-            self._writer.close(complete=self._complete)
-        except BaseException as error:  # noqa: BLE001 - the host goes on; close() reports it
-            with self._changed:
-                self.failure = error
-                self._messages.clear()
-                self._changed.notify_all()
-            self._close_after_failure()
-        finally:
-            self._progress.clear()
+    # ---- the sending thread
 
-    def _close_after_failure(self) -> None:
+    def _send_all(self) -> None:
         try:
-            self._writer.close(complete=False)
-        except Exception as error:  # noqa: BLE001 - the first failure is the one to report
-            print(f"kvtrace: the trace could not be sealed: {error}", file=sys.stderr)
+            while (found := self._next()) is not None:
+                number, message, slabs = found
+                self._send_texts(message)
+                with self._changed:
+                    self._unwritten[number] = slabs
+                self._writer.send(number, message, slabs)
+            self._writer.end(complete=self._complete)
+        except OSError:
+            self._fail(_GONE)
+        except Exception as error:  # noqa: BLE001 - the host goes on; close() reports it
+            self._fail(f"{type(error).__name__}: {error}")
 
-    def _drain(self) -> None:
-        due = time.monotonic() + COMMIT_SECONDS
+    def _next(self) -> tuple[int, Message, Sequence[Slab]] | None:
+        due = time.monotonic() + TICK_SECONDS
         while True:
-            message = self._next(due - time.monotonic())
-            if message is not None:
-                self._scribe.write(message)
-                self._done(message)
-            elif self._stopping:
-                return
-            if self._uncommitted > COMMIT_BYTES or time.monotonic() >= due:
-                self._scribe.commit()
-                self._uncommitted = 0
-                self._progress.show(self._writer.rows, self._scribe.nbytes, self._bytes)
-                due = time.monotonic() + COMMIT_SECONDS
-
-    def _next(self, timeout: float) -> Message | None:
-        with self._changed:
-            if not self._messages and not self._stopping:
-                self._changed.wait(max(0.0, timeout))
-            return self._messages.popleft() if self._messages else None
-
-    def _done(self, message: Message) -> None:
-        if isinstance(message, StepRecord):
-            self._uncommitted += message.nbytes
             with self._changed:
-                self._bytes -= message.nbytes
-                self._changed.notify_all()
+                if self._queue and self.failure is None:
+                    return self._queue.popleft()
+                if self._stopping or self.failure is not None:
+                    return None
+                self._changed.wait(max(0.0, due - time.monotonic()))
+            if time.monotonic() >= due:
+                self._on_tick()
+                due = time.monotonic() + TICK_SECONDS
+
+    def _send_texts(self, message: Message) -> None:
+        if isinstance(message, ModelInfo):
+            self._sources[message.key] = message.source
+        if not isinstance(message, StepBatch):
+            return
+        source = self._sources[message.model]
+        sent = self._sent_ids.setdefault(source, set())
+        new = {x for step in message.steps for x in step.token_ids or ()} - sent
+        if new:
+            sent |= new
+            ids = sorted(new)
+            texts = [self._texts.of(source, x) for x in ids]
+            self._writer.send(0, Vocabulary(source, ids, texts), ())
+
+    # ---- the hearing thread
+
+    def _hear(self) -> None:
+        try:
+            for answer in self._answers:
+                self._take(answer)
+        except OSError:
+            self._fail(_GONE)
+        except Exception as error:  # noqa: BLE001 - the host goes on; close() reports it
+            self._fail(f"{type(error).__name__}: {error}")
+        if not self._closed:
+            self._fail(_GONE)
+
+    def _take(self, answer: Answer) -> None:
+        with self._changed:
+            if answer.status is not None:
+                self.status = Status(**answer.status)
+            if answer.kind == "written":
+                self._free(self._unwritten.pop(answer.value, ()))
+            else:
+                self._closed = True
+                if answer.value is not None:
+                    self._fail(answer.value)
+            self._changed.notify_all()
+        self._progress.show(self.status.rows, self.status.nbytes, self._bytes)
+
+    def _fail(self, reason: str) -> None:
+        with self._changed:
+            self.failure = self.failure or reason
+            self._queue.clear()
+            self._changed.notify_all()
+
+
+def _open_writer(
+    options: dict[str, Any],
+) -> tuple[WriterProcess | WriterThread, Iterator[Answer]]:
+    """A writer that has made the trace, and what it will say."""
+    # The thread is for embedded interpreters, and systems that let us start nothing.
+    for kind in (WriterProcess, WriterThread):
+        try:
+            writer = kind(options)
+        except OSError:
+            continue
+        answers = writer.answers()
+        first = next(answers, None)
+        if first is not None and first.kind == "opened":
+            return writer, answers
+        writer.wait()
+        if first is not None:
+            raise TraceError(str(first.value))
+    raise TraceError(
+        f"the writer of {options['path']} did not start; a process or a thread was expected;"
+        " see the messages above"
+    )

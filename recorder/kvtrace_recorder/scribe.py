@@ -1,9 +1,9 @@
-"""Turns messages into a trace's tables and arrays; runs in the writer thread."""
+"""Turns messages into a trace's tables and arrays; runs where the writer runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,9 @@ from kvtrace_recorder.messages import (
     Message,
     ModelInfo,
     Sequenced,
+    StepBatch,
     StepRecord,
+    Vocabulary,
     finite_float16,
 )
 
@@ -42,17 +44,7 @@ _EVENT_COLUMNS = (
     "cache_group",
     "block_index",
 )
-#: Decode steps that wait to be written together, at most.
-HELD_STEPS = 64
-HELD_BYTES = 4 << 20
 KEYS_GONE = "keys before these rows are not known any more: their source had ended"
-
-
-class Texts(Protocol):
-    """Gives the text of a token; see `kvtrace_recorder.tokens.texts`."""
-
-    def of(self, source: str, token_id: int) -> str | None:
-        """Text of a token of the model that came from `source`; None where unknown."""
 
 
 class Scribe:
@@ -62,19 +54,16 @@ class Scribe:
     ----------
     writer : TraceWriter
         The trace.
-    texts : Texts
-        Gives tokens their text.
     """
 
-    def __init__(self, writer: TraceWriter, texts: Texts) -> None:
+    def __init__(self, writer: TraceWriter) -> None:
         self._writer = writer
-        self._texts = texts
-        self._models: dict[int, int] = {}
+        #: By key: the model's number in the trace, and where its tokens' texts come from.
+        self._models: dict[int, tuple[int, str]] = {}
+        self._texts: dict[str, dict[int, str | None]] = {}
         self._layered: set[int] = set()
         self._histories = Histories()
         self._buffers: dict[str, dict[str, list[Any]]] = {}
-        self._held: list[StepRecord] = []
-        self._held_bytes = 0
         self._gaps: dict[tuple[str, str], tuple[int | None, int]] = {}
         self.reasons: dict[str, int] = {}
         self.steps = 0
@@ -82,16 +71,19 @@ class Scribe:
         self.nbytes = 0
 
     def write(self, message: Message) -> None:
-        """Write one message; decode steps may wait for their like until the next commit."""
-        if isinstance(message, StepRecord):
-            self._hold(message)
+        """Write one message."""
+        if isinstance(message, StepBatch):
+            self._write_batch(message)
+        elif isinstance(message, ModelInfo):
+            number = self._writer.add_model(**message.columns)
+            self._models[message.key] = (number, message.source)
+        elif isinstance(message, Vocabulary):
+            known = self._texts.setdefault(message.source, {})
+            known.update(zip(message.ids, message.texts, strict=True))
         elif isinstance(message, CacheChange):
             self._buffer("kv_events", _event_rows(None, message.events))
-            if message.forks:
-                self._write_held()
-                self._fork(message.forks)
+            self._fork(message.forks)
         elif isinstance(message, Ended):
-            self._write_held()
             self._end(message)
         elif isinstance(message, Gap):
             self._note(message.what, message.count, message.reason, None)
@@ -103,7 +95,6 @@ class Scribe:
 
     def flush(self) -> None:
         """Hand everything that waits to the writer."""
-        self._write_held()
         for table, columns in self._buffers.items():
             self._writer.append(table, columns)
         self._buffers = {}
@@ -111,24 +102,11 @@ class Scribe:
             self._writer.add_gap(what, count, reason, step)
         self._gaps = {}
 
-    def _hold(self, step: StepRecord) -> None:
-        # Written one by one, decode steps cost more than the model takes for them.
-        apart = step.phase != "decode" or step.forks
-        if self._held and (apart or step.model.key != self._held[0].model.key):
-            self._write_held()
-        self._held.append(step)
-        self._held_bytes += step.nbytes
-        if step.phase != "decode" or self._held_bytes > HELD_BYTES or len(self._held) >= HELD_STEPS:
-            self._write_held()
-
-    def _write_held(self) -> None:
-        held, self._held, self._held_bytes = self._held, [], 0
-        if not held:
-            return
-        model = self._model(held[0].model)
-        self._fork(held[0].forks)
+    def _write_batch(self, batch: StepBatch) -> None:
+        model, _ = self._models[batch.model]
+        self._fork(batch.steps[0].forks)
         whole: list[tuple[int, StepRecord]] = []
-        for number, step in enumerate(held, start=self.steps):
+        for number, step in enumerate(batch.steps, start=self.steps):
             self._buffer("kv_events", _event_rows(number, step.events))
             if step.fault is not None:
                 self._note("tokens", step.num_tokens, step.fault, number)
@@ -136,23 +114,24 @@ class Scribe:
                 whole.append((number, step))
                 if step.caveat is not None:
                     self._note("exact attention of rows", step.num_tokens, step.caveat, number)
-        self._writer.append("steps", _step_rows(self.steps, model, held))
-        self.steps += len(held)
+        self._writer.append("steps", _step_rows(self.steps, model, batch.steps))
+        self.steps += len(batch.steps)
         if whole:
-            self._write_rows(model, whole)
+            self._write_rows(batch, whole)
 
-    def _write_rows(self, model: int, steps: Sequence[tuple[int, StepRecord]]) -> None:
-        layers = steps[0][1].layers
+    def _write_rows(self, batch: StepBatch, steps: Sequence[tuple[int, StepRecord]]) -> None:
+        model, source = self._models[batch.model]
         if model not in self._layered:
-            self._writer.add_layers(model, [x.spec for _, x in sorted(layers.items())])
+            specs = sorted((layer.spec for layer in batch.layers), key=lambda spec: spec.layer)
+            self._writer.add_layers(model, specs)
             self._layered.add(model)
         numbers, requests, positions = _row_columns(steps)
         self._buffer("requests", _request_rows(model, steps))
         self.requests += sum(sequence.new for _, step in steps for sequence in step.sequences)
         count = len(requests)
         row = np.arange(self._writer.rows, self._writer.rows + count)
-        self._buffer("tokens", {**self._token_rows(steps, requests, positions), "row": row})
-        has_query = any(layer.q is not None for layer in layers.values())
+        self._buffer("tokens", {**self._token_rows(source, steps, requests, positions), "row": row})
+        has_query = any(layer.q is not None for layer in batch.layers)
         self._writer.append(
             "rows",
             {
@@ -166,34 +145,31 @@ class Scribe:
         shares = _shares(requests)
         for request, share in shares.items():
             self._histories.add_rows(request, row[share])
-        for layer in layers:
-            rows = [step.layers[layer] for _, step in steps]
-            self._write_layer(model, rows, shares, positions, steps[0][0])
+        for layer in batch.layers:
+            self._write_layer(model, layer, shares, positions, steps[0][0])
 
     def _write_layer(
         self,
         model: int,
-        rows: Sequence[LayerRows],
+        layer: LayerRows,
         shares: Mapping[int, Index],
         positions: NDArray[np.int64],
         number: int,
     ) -> None:
         arrays: dict[str, NDArray[Any] | None] = {}
         for kind in ("q", "k", "v"):
-            parts = [getattr(part, kind) for part in rows]
-            if parts[0] is None:
+            given = getattr(layer, kind)
+            if given is None:
                 continue
-            values, narrowed = finite_float16(
-                parts[0] if len(parts) == 1 else np.concatenate(parts)
-            )
+            values, narrowed = finite_float16(given)
             if narrowed:
                 self._note(f"{kind} values", narrowed, NARROWED, number)
             self.nbytes += values.nbytes
             arrays[kind] = values
         q, k = arrays.get("q"), arrays.get("k")
         if q is not None and k is not None:
-            arrays["lse"] = self._lse(rows[0], q, k, shares, positions, number)
-        self._writer.append_layer(model, rows[0].spec.layer, **arrays)
+            arrays["lse"] = self._lse(layer, q, k, shares, positions, number)
+        self._writer.append_layer(model, layer.spec.layer, **arrays)
 
     def _lse(
         self,
@@ -216,6 +192,8 @@ class Scribe:
         return found
 
     def _fork(self, forks: Sequence[ForkedRequest]) -> None:
+        if not forks:
+            return
         row = self._writer.rows
         for fork in forks:
             self._writer.add_fork(fork.request, fork.source, fork.tokens)
@@ -223,6 +201,7 @@ class Scribe:
 
     def _token_rows(
         self,
+        source: str,
         steps: Sequence[tuple[int, StepRecord]],
         requests: NDArray[np.int64],
         positions: NDArray[np.int64],
@@ -230,25 +209,19 @@ class Scribe:
         ids: list[int | None] = []
         sources: list[str] = []
         for _, step in steps:
-            known = step.token_ids
             count = sum(sequence.count for sequence in step.sequences)
-            ids += [None] * count if known is None else [int(x) for x in known]
+            ids += [None] * count if step.token_ids is None else step.token_ids
             for sequence in step.sequences:
                 prompt = _prompt_share(sequence, step.phase)
                 sources += ["prompt"] * prompt + ["generated"] * (sequence.count - prompt)
-        name = steps[0][1].model.source
+        texts = self._texts.get(source, {})
         return {
             "request": requests,
             "position": positions,
             "token_id": ids,
-            "text": [None if x is None else self._texts.of(name, x) for x in ids],
+            "text": [None if x is None else texts.get(x) for x in ids],
             "source": sources,
         }
-
-    def _model(self, info: ModelInfo) -> int:
-        if info.key not in self._models:
-            self._models[info.key] = self._writer.add_model(**info.columns)
-        return self._models[info.key]
 
     def _end(self, message: Ended) -> None:
         count = len(message.requests)
@@ -338,16 +311,7 @@ def _prompt_share(sequence: Sequenced, phase: str) -> int:
 
 
 def _event_rows(number: int | None, events: Sequence[CacheEvent]) -> dict[str, Iterable[Any]]:
-    return {
-        "ts_ns": [e.ts_ns for e in events],
-        "step": [number] * len(events),
-        "request": [e.request for e in events],
-        "layer": [e.layer for e in events],
-        "block": [e.block for e in events],
-        "event": [e.event for e in events],
-        "tokens": [e.tokens for e in events],
-        "bytes": [e.nbytes for e in events],
-        "device": [e.device for e in events],
-        "cache_group": [e.cache_group for e in events],
-        "block_index": [e.block_index for e in events],
-    }
+    columns = zip(*events, strict=True) if events else ((),) * len(CacheEvent._fields)
+    found: dict[str, Iterable[Any]] = dict(zip(CacheEvent._fields, columns, strict=True))
+    found["bytes"] = found.pop("nbytes")
+    return {**found, "step": [number] * len(events)}

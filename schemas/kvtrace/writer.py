@@ -137,8 +137,8 @@ class TraceWriter:
         rank: int | None = 0,
         launch: str | None = None,
     ) -> None:
-        _check_choice("detail", detail, DETAIL_ARRAYS)
-        _check_choice("dtype", dtype, ("float16", "float32"))
+        check_choice("detail", detail, DETAIL_ARRAYS)
+        check_choice("dtype", dtype, ("float16", "float32"))
         self.path = Path(path)
         now = time.time_ns()
         manifest = Manifest(__version__, now, source, list(command), launch=launch)
@@ -396,7 +396,8 @@ def directory_bytes(path: Path) -> int:
     return total
 
 
-def _check_choice(what: str, found: str, choices: Any) -> None:
+def check_choice(what: str, found: str, choices: Any) -> None:
+    """Refuse a value that is none of the choices, with an InputError that names them."""
     if found not in choices:
         raise InputError(f"{what} {found!r} is unknown; one of {', '.join(choices)} was expected")
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,8 +20,9 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 import kvtrace
 from kvtrace.errors import InputError, TraceError
-from kvtrace_recorder import record
+from kvtrace_recorder import pipeline, record
 from kvtrace_recorder.scribe import Scribe
+from kvtrace_recorder.session import held
 from kvtrace_recorder.session.session import Session
 
 PATCHED = [
@@ -173,6 +178,56 @@ def test_strict_raises(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         greedy(model)
 
 
+@pytest.fixture
+def writer_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the writer be a thread, as where no process can be started: it can be patched."""
+
+    def refuse(options: dict[str, Any]) -> None:
+        raise OSError("no processes here")
+
+    monkeypatch.setattr(pipeline, "WriterProcess", refuse)
+
+
+@pytest.mark.usefixtures("writer_thread")
+def test_a_thread_writes_where_no_process_can_be_started(model: Any, tmp_path: Path) -> None:
+    with record(model, tmp_path / "a.kvtrace", strict=True) as recording:
+        greedy(model)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert (trace.status, trace.rows, recording.rows) == ("complete", 11, 11)
+    np.testing.assert_allclose(trace.attention(1, 3).sum(axis=1), 1, atol=1e-5)
+
+
+def test_a_writer_process_that_is_killed_leaves_the_model_alone(
+    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = greedy(model)
+    with record(model, tmp_path / "a.kvtrace", on_full="wait") as recording:
+        greedy(model)
+        while recording.rows < 11:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        os.kill(recording.writer_pid or 0, signal.SIGKILL)
+        assert torch.equal(greedy(model), plain)
+        time.sleep(0.2)
+        assert torch.equal(greedy(model), plain)
+    assert "writer's process ended before the recording" in capsys.readouterr().err
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert (trace.status, trace.rows) == ("cut off", 11)
+
+
+def test_a_trace_that_cannot_be_written_any_more_leaves_the_model_alone(
+    model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = greedy(model)
+    tables = tmp_path / "a.kvtrace" / "rank-00000" / "tables"
+    with record(model, tmp_path / "a.kvtrace"):
+        shutil.rmtree(tables, ignore_errors=True)
+        tables.write_text("in the way")
+        assert torch.equal(greedy(model), plain)
+    assert f"writing {tmp_path / 'a.kvtrace'} failed: " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("writer_thread")
 def test_a_writer_that_fails_leaves_the_model_alone(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,11 +260,13 @@ class _Brake:
         monkeypatch.setattr(Scribe, "write", write)
 
 
+@pytest.mark.usefixtures("writer_thread")
 def test_a_full_queue_drops_whole_steps_and_says_so(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     brake = _Brake(monkeypatch)
-    with record(model, tmp_path / "a.kvtrace", queue_bytes=6000) as recording:
+    monkeypatch.setattr(held, "STEPS", 1)
+    with record(model, tmp_path / "a.kvtrace", queue_bytes=2000) as recording:
         greedy(model)
         brake.go.set()
         while recording.steps < 6:
@@ -228,6 +285,7 @@ def test_a_full_queue_drops_whole_steps_and_says_so(
     assert trace.attention(1, 3).shape == (first.tokens, first.tokens)
 
 
+@pytest.mark.usefixtures("writer_thread")
 def test_on_full_wait_loses_nothing(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,14 +90,13 @@ class ContinuousBatches:
         state = self.cache(inputs["cache"].pool)
         members = self._local.members = self._members(state, batch, ids.shape[1])
         record = StepRecord(
-            model=model.info,
             phase=_phase(batch),
             batch_size=len(batch),
             num_tokens=sum(future.query_length for future in batch),
             started_ns=time.time_ns(),
             forks=members.forks,
             sequences=members.sequences,
-            token_ids=ids[0].cpu().numpy()[members.real].astype(np.int64),
+            token_ids=ids[0].cpu().numpy()[members.real].tolist(),
             events=state.take_events(),
         )
         real = members.real

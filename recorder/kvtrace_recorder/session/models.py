@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def describe(model: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "attn_implementation": getattr(config, "_attn_implementation", None),
-        "config": config.to_dict(),
+        # Some configurations hold types; what goes to the writer is plain.
+        "config": json.loads(json.dumps(config.to_dict(), default=str)),
     }
 
 

@@ -20,8 +20,6 @@ class PagedRequest(RequestState):
     ----------
     external_id : str
         The manager's own id, which is the API's where it serves.
-    lost : str or None
-        Why no further rows of it can be recorded.
     ended : bool
         Whether the manager is done with it.
     prefix : (PagedRequest, int) or None
@@ -32,7 +30,6 @@ class PagedRequest(RequestState):
     """
 
     external_id: str = ""
-    lost: str | None = None
     ended: bool = False
     prefix: tuple[PagedRequest, int] | None = None
     holds: int = 0

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from kvtrace.errors import InputError, TraceError
-from kvtrace.layout import rank_directory
-from kvtrace.writer import TraceWriter
+from kvtrace.layout import DETAIL_ARRAYS, rank_directory
+from kvtrace.writer import check_choice
 from kvtrace_recorder.distributed import environment_launch, environment_rank
 from kvtrace_recorder.imports import AfterImport
 from kvtrace_recorder.messages import Gap
@@ -98,8 +98,9 @@ def record(
     InputError
         For an unknown detail, dtype or on_full, and for a model that is none of transformers'.
     """
-    if on_full not in ("drop", "wait"):
-        raise InputError(f"on_full {on_full!r} is unknown; one of drop, wait was expected")
+    check_choice("detail", detail, DETAIL_ARRAYS)
+    check_choice("dtype", dtype, ("float16", "float32"))
+    check_choice("on_full", on_full, ("drop", "wait"))
     if model is not None:
         _check_model(model)
     return Recording(
@@ -160,17 +161,17 @@ class Recording:
     @property
     def rows(self) -> int:
         """Tokens recorded so far, over all requests."""
-        return self._opened.rows
+        return self._opened.status.rows
 
     @property
     def steps(self) -> int:
         """Forward passes seen so far."""
-        return self._opened.steps
+        return self._opened.status.steps
 
     @property
     def requests(self) -> int:
         """Requests recorded so far."""
-        return self._opened.requests
+        return self._opened.status.requests
 
     @property
     def dropped_tokens(self) -> int:
@@ -178,9 +179,14 @@ class Recording:
         return self._opened.dropped_tokens
 
     @property
+    def writer_pid(self) -> int | None:
+        """Process that writes the trace; None where a thread of this one does."""
+        return self._opened.writer_pid
+
+    @property
     def gaps(self) -> dict[str, int]:
         """What the trace does not hold: how much, by reason."""
-        return self._opened.gap_reasons
+        return dict(self._opened.status.reasons)
 
     def __enter__(self) -> Self:
         if self._pid is not None:
@@ -248,24 +254,29 @@ class Recording:
         """The pipeline, which makes this process's part of the trace when it is first needed."""
         with self._opening:
             if self._pipeline is None:
-                writer = TraceWriter(
-                    self.path,
-                    command=self._command,
-                    detail=self._detail,
-                    dtype=self._dtype,
-                    force=self._force,
-                    versions=library_versions(),
-                    rank=self._rank(),
-                    launch=self._launch or environment_launch(),
-                )
+                options = {
+                    "path": str(self.path),
+                    "command": list(self._command),
+                    "detail": self._detail,
+                    "dtype": self._dtype,
+                    "force": self._force,
+                    "versions": library_versions(),
+                    "rank": self._rank(),
+                    "launch": self._launch or environment_launch(),
+                }
                 self._pipeline = Pipeline(
-                    writer,
+                    options,
                     self._texts,
                     queue_bytes=self._queue_bytes,
                     on_full=self._on_full,
                     progress=self._progress,
+                    on_tick=self._tick,
                 )
             return self._pipeline
+
+    def _tick(self) -> None:
+        if self._session is not None:
+            self._session.tick()
 
     def _rank(self) -> int | None:
         rank = environment_rank()
@@ -313,16 +324,16 @@ class Recording:
         if pipeline.failure is not None:
             message = f"writing {self.path} failed: {pipeline.failure}; what came before is kept"
             if self._strict and finished:
-                raise TraceError(message) from pipeline.failure
+                raise TraceError(message)
             print(f"kvtrace: {message}", file=sys.stderr)
-        silent = not pipeline.steps and not pipeline.gap_reasons
+        silent = not pipeline.status.steps and not pipeline.status.reasons
         if silent and self._model is not None and finished:
             print(
                 f"kvtrace: nothing was recorded: the {type(self._model).__name__} did not run, or"
                 " ran under torch.compile",
                 file=sys.stderr,
             )
-        for reason, count in pipeline.gap_reasons.items():
+        for reason, count in pipeline.status.reasons.items():
             print(f"kvtrace: not recorded ({count:,}): {reason}", file=sys.stderr)
 
 

@@ -36,6 +36,8 @@ class RequestState:
         Whether the trace has the request.
     fork : (int, int) or None
         The request and its number of tokens that this one has become since its last row.
+    lost : str or None
+        Why no further rows of it can be recorded.
     """
 
     request: int
@@ -44,6 +46,7 @@ class RequestState:
     last_token: int | None = None
     is_known: bool = False
     fork: tuple[int, int] | None = None
+    lost: str | None = None
 
     @property
     def origin(self) -> tuple[int, int]:
@@ -87,6 +90,17 @@ class CacheEntry:
     lost: str | None = None
     steps: int = 0
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def lose(self, reason: str) -> None:
+        """Nothing further of these requests can be recorded."""
+        self.lost = self.lost or reason
+        for state in self.requests:
+            state.lost = state.lost or reason
+
+    @property
+    def reason(self) -> str | None:
+        """Why no further rows can be recorded of these requests, or of one of them."""
+        return self.lost or next((state.lost for state in self.requests if state.lost), None)
 
     @property
     def recorded(self) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.cache_sizes import cache_events, layer_size
 from kvtrace_recorder.session.changes import apply_change
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
+from kvtrace_recorder.session.held import HeldSteps
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.plain import begin_unshaped
@@ -31,7 +32,7 @@ from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
 from kvtrace_recorder.taps.masks import token_mask
-from kvtrace_recorder.taps.operands import collect_rows, take_rows
+from kvtrace_recorder.taps.operands import take_rows
 
 
 class Session:
@@ -65,7 +66,7 @@ class Session:
         self._wanted = None if model is None else {id(module) for module in model.modules()}
         self._open_pipeline = open_pipeline
         self._kinds = DETAIL_ARRAYS[detail]
-        self._dtype = dtype
+        self._held = HeldSteps(open_pipeline, dtype)
         self._local = threading.local()
         self._models: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
         self._keys = itertools.count()
@@ -135,9 +136,12 @@ class Session:
         if step.record.fault is not None:
             return
         try:
-            take_rows(step, call, self._kinds, self._dtype)
+            taken = take_rows(step, call, self._kinds)
         except UnrecordableError as error:
             step.record.fault = str(error)
+            return
+        if step.is_large:
+            self._held.copy_now(step, taken)
 
     def end(self, step: ActiveStep, output: Any, elapsed_ns: int) -> None:
         """The model has returned."""
@@ -145,7 +149,6 @@ class Session:
         record.duration_ns = max(0, elapsed_ns - step.tap_ns)
         cache = step.cache if step.cache is not None else _find_cache(output)
         if record.fault is None:
-            self.guard.run("attention", collect_rows, step, self._dtype)
             record.fault = self._differing_layers(step)
         if step.is_packed:
             self._submit(step)
@@ -172,6 +175,7 @@ class Session:
         entry = self._book.find(cache)
         if entry is None:
             return
+        self._held.flush(entry)
         try:
             if entry.lost is None:
                 apply_change(self._book, entry, cache, method, value)
@@ -195,8 +199,13 @@ class Session:
         else:
             self._pipeline.put(CacheChange((moved,)))
 
+    def tick(self) -> None:
+        """Send what has waited long enough; called now and then from another thread."""
+        self.guard.run("copies", self._held.tick)
+
     def finish(self) -> None:
         """Send what is left; the taps are gone."""
+        self._held.flush_all()
         self._book.close()
         self.batches.finish()
         self._send_ended()
@@ -212,7 +221,6 @@ class Session:
         entry.real = np.concatenate([entry.real[:, : inputs.past], real], axis=1)
         counts = real.sum(axis=1)
         record = StepRecord(
-            model=model.info,
             phase="decode" if inputs.is_decode else "prefill",
             batch_size=inputs.batch,
             num_tokens=int(counts.sum()),
@@ -223,7 +231,7 @@ class Session:
                 for row, (state, count) in enumerate(zip(entry.requests, counts, strict=False))
                 if count or (state.fork and not state.is_known)
             ],
-            token_ids=None if inputs.token_ids is None else inputs.token_ids[real],
+            token_ids=None if inputs.token_ids is None else inputs.token_ids[real].tolist(),
             fault=entry.lost or self._silent(),
         )
         keep = None if real.all() else torch.as_tensor(np.flatnonzero(real))
@@ -239,13 +247,17 @@ class Session:
 
     def _submit(self, step: ActiveStep) -> None:
         record, entry = step.record, step.entry
+        # Earlier steps may have been refused by now, when they were copied.
+        record.fault = record.fault or entry.reason
         if record.fault is not None:
-            entry.lost = record.fault
-            self._pipeline.submit(record.without_rows(record.fault))
-            return
-        entry.lost = self._pipeline.submit(record)
-        if entry.lost is not None:
-            return
+            entry.lose(record.fault)
+            self._held.give_up(step)
+        else:
+            self._advance(step)
+        self._held.add(step)
+
+    def _advance(self, step: ActiveStep) -> None:
+        record, entry = step.record, step.entry
         start = 0
         for state in entry.requests:
             state.fork = None
@@ -255,21 +267,19 @@ class Session:
             state.tokens += sequence.count
             start += sequence.count
             if sequence.count:
-                state.last_token = (
-                    None if record.token_ids is None else int(record.token_ids[start - 1])
-                )
+                state.last_token = None if record.token_ids is None else record.token_ids[start - 1]
 
     def _silent(self) -> str | None:
         # A change of the cache that went unseen would make rows wrong.
         return self.guard.silent.get("attention") or self.guard.silent.get("cache")
 
     def _differing_layers(self, step: ActiveStep) -> str | None:
-        found = frozenset(step.record.layers)
+        found = step.taken.keys()
         if step.model.expected is None:
             silent = self.guard.silent.get("attention")
             if silent is not None:
                 return silent
-            step.model.expected = found
+            step.model.expected = frozenset(found)
             if not found:
                 name = step.model.info.columns["architecture"]
                 self.note_once(f"q, k and v of {name}: no attention call passed the tap")
@@ -282,6 +292,7 @@ class Session:
         found = self._models.get(module)
         if found is None:
             found = self._models[module] = ModelState(next(self._keys), module)
+            self._pipeline.put(found.info)
         return found
 
     def _report(self, tap: str, reason: str) -> None:
@@ -298,6 +309,10 @@ class Session:
             self._pipeline.put(Gap("model calls", 1, reason))
 
     def _send_ended(self) -> None:
+        if not self._book.ended:
+            return
+        # The last steps of a cache come before its end.
+        self._held.flush_all()
         while self._book.ended:
             self._pipeline.put(self._book.ended.popleft())
 

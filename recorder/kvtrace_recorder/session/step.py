@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -12,9 +13,21 @@ import torch
 from numpy.typing import NDArray
 
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import StepRecord
+from kvtrace_recorder.messages import LayerRows, StepRecord
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import Bools, CacheEntry
+from kvtrace_recorder.writer.slabs import Slab
+
+#: Steps of more rows than this are large.
+LARGE_ROWS = 64
+
+
+class Hold(Enum):
+    """What becomes of keys and values that an attention call was given."""
+
+    FRESH = "made for this call, and never written into"
+    KEPT = "the cache's, with what earlier calls showed, unchanged until the cache is changed"
+    BORROWED = "the cache's, which may write into them at the next step"
 
 
 @dataclass(slots=True)
@@ -25,14 +38,23 @@ class Taken:
     ----------
     spec : LayerSpec
         The layer.
-    rows : dict of str to torch.Tensor
-        q, k, v, as far as they are kept: [batch, head, token, width].
+    q, k, v : torch.Tensor or None
+        [batch, head, token, width], as far as they are kept; k and v may hold more than the
+        step's tokens.
+    first : int
+        Where in k and v the step's tokens begin.
+    hold : Hold
+        What becomes of k and v after the step.
     sinks : torch.Tensor or None
         [q_head].
     """
 
     spec: LayerSpec
-    rows: dict[str, torch.Tensor]
+    q: torch.Tensor | None
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+    first: int
+    hold: Hold
     sinks: torch.Tensor | None
 
 
@@ -59,7 +81,11 @@ class ActiveStep:
     keep : torch.Tensor or None
         Indices of the tokens in [batch * length]; None where there is no padding.
     taken : dict of int to Taken
-        Layers that have attended.
+        Layers that have attended; None once their rows are copied.
+    layers : list of LayerRows
+        Rows that are copied already: those of large steps.
+    slabs : list of Slab
+        Where they stand.
     tap_ns : int
         Time spent in taps, which is not the model's.
     checked : set
@@ -85,7 +111,9 @@ class ActiveStep:
     entry: CacheEntry
     real: Bools
     keep: torch.Tensor | None
-    taken: dict[int, Taken] = field(default_factory=dict)
+    taken: dict[int, Taken | None] = field(default_factory=dict)
+    layers: list[LayerRows] = field(default_factory=list)
+    slabs: list[Slab] = field(default_factory=list)
     tap_ns: int = 0
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     is_packed: bool = False
@@ -93,6 +121,11 @@ class ActiveStep:
     attended: Counter[int] = field(default_factory=Counter)
     masks: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     ids: NDArray[np.int64] | None = None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether rows are copied layer by layer, so that they do not pile up."""
+        return self.batch * self.length > LARGE_ROWS
 
     @cached_property
     def is_contiguous(self) -> bool:

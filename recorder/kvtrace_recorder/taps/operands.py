@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.cache_utils import BaseQuantizedLayer, StaticLayer, StaticSlidingWindowLayer
 
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import Array, LayerRows
 from kvtrace_recorder.session.continuous import is_paged
 from kvtrace_recorder.session.models import ModelState
-from kvtrace_recorder.session.step import ActiveStep, Taken
+from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.guard import UnrecordableError
 from kvtrace_recorder.taps.masks import check_mask
@@ -20,19 +18,15 @@ from kvtrace_recorder.taps.packed_masks import check_packed_mask
 
 #: Asking an abstract class costs more than the rest of the look-up: once a type.
 _FORMS: dict[type, str] = {}
-#: Steps with more rows than this are copied layer by layer, so that they do not pile up.
-DEFERRED_ROWS = 64
 #: What a quantised cache means for the rows.
 QUANTISED = (
     "rows hold keys and values as they were computed; these rows read earlier ones back from a"
     " {}, rounded, so attention recomputed from the trace is near the model's, not equal to it"
 )
-_IN_NUMPY = (torch.float16, torch.float32)
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) -> None:
-    """Take one layer's rows of the running step.
+def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...]) -> Taken:
+    """Take one layer's rows of the running step; nothing is copied.
 
     Raises
     ------
@@ -58,40 +52,17 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...], dtype: str) 
         check_packed_mask(step, call, spec)
     else:
         check_mask(step, call, spec, offset)
-    sinks = call.extra.get("s_aux")
-    rows = {}
-    if "q" in kinds:
-        rows["q"] = q
-    if "k" in kinds:
-        rows["k"] = call.k[:, :, first : first + length]
-    if "v" in kinds:
-        rows["v"] = call.v[:, :, first : first + length]
-    step.taken[layer] = Taken(spec, rows, sinks)
-    if step.batch * length > DEFERRED_ROWS:
-        collect_rows(step, dtype)
-
-
-def collect_rows(step: ActiveStep, dtype: str) -> None:
-    """Copy to the host what `take_rows` has taken and not yet copied.
-
-    The layers of a decode step are copied together at its end: by themselves they are so small
-    that the calls would cost more than the copies. Nothing writes into q, k or v in between: the
-    first is the layer's own, the others are the cache's, which changes at the next step.
-    """
-    waiting = [(n, t) for n, t in step.taken.items() if n not in step.record.layers]
-    groups: dict[tuple[Any, ...], list[tuple[int, Taken]]] = {}
-    for number, taken in waiting:
-        shapes = tuple((x.shape, x.device) for x in taken.rows.values())
-        groups.setdefault(shapes, []).append((number, taken))
-    for group in groups.values():
-        host = {
-            kind: _to_host([taken.rows[kind] for _, taken in group], step, dtype)
-            for kind in group[0][1].rows
-        }
-        for index, (number, taken) in enumerate(group):
-            q, k, v = (host[kind][index] if kind in host else None for kind in ("q", "k", "v"))
-            sinks = None if taken.sinks is None else taken.sinks.detach().float().cpu().numpy()
-            step.record.layers[number] = LayerRows(taken.spec, q, k, v, sinks)
+    found = Taken(
+        spec,
+        q if "q" in kinds else None,
+        call.k if "k" in kinds else None,
+        call.v if "v" in kinds else None,
+        first,
+        _hold(step, layer),
+        call.extra.get("s_aux"),
+    )
+    step.taken[layer] = found
+    return found
 
 
 def _spec(model: ModelState, layer: int, call: Call) -> LayerSpec:
@@ -149,6 +120,21 @@ def _new_keys(step: ActiveStep, spec: LayerSpec, k: torch.Tensor) -> tuple[int, 
     return held - step.length, total - held
 
 
+def _hold(step: ActiveStep, layer: int) -> Hold:
+    """How long the keys and values given to a layer stay as they are.
+
+    A static window rolls in place and a quantised layer gives back rounded keys; of an offloaded
+    one nothing must be held on the device.
+    """
+    if step.cache is None:
+        return Hold.FRESH
+    layers = getattr(step.cache, "layers", ())
+    if layer >= len(layers) or getattr(step.cache, "offloading", False):
+        return Hold.BORROWED
+    kept = _form(type(layers[layer])) in ("growing", "static")
+    return Hold.KEPT if kept else Hold.BORROWED
+
+
 def _form(kept: type) -> str:
     """How a cache layer of this type hands keys to attention."""
     if kept not in _FORMS:
@@ -159,23 +145,3 @@ def _form(kept: type) -> str:
         }
         _FORMS[kept] = next((n for base, n in names.items() if issubclass(kept, base)), "growing")
     return _FORMS[kept]
-
-
-def _to_host(tensors: list[torch.Tensor], step: ActiveStep, dtype: str) -> Array:
-    """[layer, row, head, width] of the step's own tokens, copied in the storage type."""
-    batch, heads, length, width = tensors[0].shape
-    count, rows = len(tensors), batch * length
-    stacked = (tensors[0][None] if count == 1 else torch.stack(tensors)).detach().transpose(2, 3)
-    if rows <= DEFERRED_ROWS and stacked.is_cpu and stacked.dtype in _IN_NUMPY:
-        # For a few numbers numpy's calls cost a fifth of torch's.
-        with np.errstate(over="ignore"):
-            small = stacked.numpy().astype(dtype, order="C").reshape(count, rows, heads, width)
-        return small if step.keep is None else small[:, step.keep.numpy()]
-    # One pass that orders, narrows and copies.
-    shape = (count, batch, length, heads, width)
-    found = torch.empty(shape, dtype=DTYPES[dtype], device=stacked.device)
-    found.copy_(stacked)
-    flat = found.view(count, rows, heads, width)
-    if step.keep is not None:
-        flat = flat.index_select(1, step.keep.to(flat.device))
-    return np.asarray(flat.cpu().numpy())

@@ -1,0 +1,201 @@
+"""Steps that wait to be copied and sent together.
+
+A decode step is so small that the calls to copy and send it would cost more than the copies: up
+to `STEPS` of them are held, for no longer than a tick of the pipeline.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvtrace_recorder.messages import LayerRows, StepBatch
+from kvtrace_recorder.pipeline import Pipeline
+from kvtrace_recorder.session.copies import DTYPES, LayerParts
+from kvtrace_recorder.session.requests import CacheEntry
+from kvtrace_recorder.session.step import ActiveStep, Taken
+from kvtrace_recorder.writer.slabs import Slab
+
+#: Steps of one batch, at most.
+STEPS = 32
+
+
+class Held:
+    """Consecutive small steps of the requests of one cache."""
+
+    def __init__(self, first: ActiveStep) -> None:
+        self.steps: list[ActiveStep] = []
+        self.layers: dict[int, LayerParts] = {}
+        self._first = first
+        self.ticks = 0
+
+    def takes(self, step: ActiveStep) -> bool:
+        """Whether the step's rows can stand in one copy with those held."""
+        first = self._first
+        return (
+            len(self.steps) < STEPS
+            and not step.record.forks
+            and step.model is first.model
+            and step.cache is first.cache
+            and step.batch == first.batch
+            and (step.batch == 1 or step.length == first.length == 1)
+        )
+
+    def add(self, step: ActiveStep) -> None:
+        """Add a step that `takes` accepted."""
+        self.steps.append(step)
+        if step.record.fault is not None:
+            return
+        for number, taken in step.taken.items():
+            if taken is None:
+                continue
+            parts = self.layers.get(number)
+            if parts is None:
+                parts = self.layers[number] = LayerParts(taken.spec, taken.sinks)
+            parts.add(taken, step.length)
+            step.taken[number] = None
+
+    @property
+    def keep(self) -> torch.Tensor | None:
+        """Indices of the tokens among all rows; None where there is no padding."""
+        whole = [step for step in self.steps if step.record.fault is None]
+        if all(step.keep is None for step in whole):
+            return None
+        return torch.as_tensor(np.flatnonzero(np.concatenate([s.real.ravel() for s in whole])))
+
+
+class HeldSteps:
+    """The steps held of all caches; any thread.
+
+    Parameters
+    ----------
+    open_pipeline : callable
+        Gives the pipeline that takes the batches.
+    dtype : str
+        Storage type.
+    """
+
+    def __init__(self, open_pipeline: Callable[[], Pipeline], dtype: str) -> None:
+        self._open_pipeline = open_pipeline
+        self._dtype = DTYPES[dtype]
+        self._lock = threading.RLock()
+        self._held: dict[int, Held] = {}
+
+    @property
+    def _pipeline(self) -> Pipeline:
+        return self._open_pipeline()
+
+    def add(self, step: ActiveStep) -> None:
+        """Hold a step that has ended, or send it."""
+        key = _key(step)
+        with self._lock:
+            held = self._held.get(key)
+            if held is not None and (step.is_large or not held.takes(step)):
+                self._flush(key)
+                held = None
+            if step.is_large:
+                batch = StepBatch(step.model.info.key, [step.record], step.layers)
+                self._put(batch, step.slabs)
+                return
+            if held is None:
+                held = self._held[key] = Held(step)
+            held.add(step)
+            if len(held.steps) == STEPS:
+                self._flush(key)
+
+    def copy_now(self, step: ActiveStep, taken: Taken) -> None:
+        """Copy one layer's rows of a large step."""
+        parts = LayerParts(taken.spec, taken.sinks)
+        parts.add(taken, step.length)
+        step.taken[taken.spec.layer] = None
+        rows = sum(sequence.count for sequence in step.record.sequences)
+        nbytes = parts.nbytes(rows, self._dtype)
+        if not nbytes:
+            step.layers.append(LayerRows(taken.spec, None, None, None, None))
+            return
+        expected = len(step.model.expected or ())
+        slab = self._pipeline.reserve(nbytes, bool(step.slabs), nbytes * expected)
+        if slab is None:
+            self._refuse([step])
+            return
+        step.slabs.append(slab)
+        step.layers.append(parts.copy(slab, rows, step.keep, self._dtype))
+
+    def give_up(self, step: ActiveStep) -> None:
+        """The rows of a large step will not be sent."""
+        self._pipeline.give_back(step.slabs)
+        step.layers, step.slabs = [], []
+
+    def flush(self, entry: CacheEntry) -> None:
+        """Copy and send what is held of one cache's requests."""
+        self._flush(id(entry))
+
+    def _flush(self, key: int) -> None:
+        with self._lock:
+            held = self._held.pop(key, None)
+            if held is not None:
+                self._send(held)
+
+    def flush_all(self) -> None:
+        """Copy and send everything."""
+        with self._lock:
+            while self._held:
+                self._send(self._held.pop(next(iter(self._held))))
+
+    def tick(self) -> None:
+        """Copy and send what has been held for a tick; called from another thread."""
+        with self._lock:
+            for held in self._held.values():
+                held.ticks += 1
+            due = [key for key, held in self._held.items() if held.ticks > 1]
+            for key in due:
+                held = self._held.pop(key)
+                _synchronize(held.layers.values())
+                self._send(held)
+
+    def _send(self, held: Held) -> None:
+        batch = StepBatch(held.steps[0].model.info.key, [step.record for step in held.steps])
+        rows = batch.num_rows
+        nbytes = sum(parts.nbytes(rows, self._dtype) for parts in held.layers.values())
+        if not rows or not nbytes:
+            batch.layers = [LayerRows(x.spec, None, None, None, None) for x in held.layers.values()]
+            self._put(batch, [])
+            return
+        slab = self._pipeline.reserve(nbytes)
+        if slab is None:
+            self._refuse(held.steps)
+            self._put(batch, [])
+            return
+        keep = held.keep
+        with torch.no_grad():
+            batch.layers = [x.copy(slab, rows, keep, self._dtype) for x in held.layers.values()]
+        self._put(batch, [slab])
+
+    def _put(self, batch: StepBatch, slabs: list[Slab]) -> None:
+        if not batch.num_rows:
+            batch.layers = []
+        self._pipeline.put(batch, slabs)
+
+    def _refuse(self, steps: list[ActiveStep]) -> None:
+        reason = self._pipeline.refusal
+        for step in steps:
+            if step.record.fault is None:
+                self._pipeline.dropped_tokens += step.record.num_tokens
+                step.record.fault = reason
+            step.entry.lose(reason)
+
+
+def _key(step: ActiveStep) -> int:
+    # Each step of continuous batching has requests, and so an entry, of its own.
+    return id(step.model if step.is_packed else step.entry)
+
+
+def _synchronize(layers: Iterable[LayerParts]) -> None:
+    # The model's thread may compute on a stream of its own.
+    tensors: list[Any] = [part.tensor for x in layers for kind in x.parts.values() for part in kind]
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""The writing side of a recording: its own process, fed through shared memory."""
