@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -98,6 +99,8 @@ class ActiveStep:
         Calls of each attention module, by id, that were found without an interface.
     masks : dict
         What masks show, by id.
+    projected : sequence of torch.Tensor or None
+        q, k and v of the last `nn.MultiheadAttention`, [token, batch, heads * head_dim].
     ids : numpy.ndarray or None
         Token ids of a step whose shape is not known yet.
     """
@@ -120,6 +123,7 @@ class ActiveStep:
     in_attention: bool = False
     attended: Counter[int] = field(default_factory=Counter)
     masks: dict[int, tuple[Any, ...]] = field(default_factory=dict)
+    projected: Sequence[torch.Tensor] | None = None
     ids: NDArray[np.int64] | None = None
 
     @property

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
@@ -28,7 +26,7 @@ def settle(step: ActiveStep, call: Call) -> None:
         call.mask = None
         return
     if call.mask is not None:
-        call.mask, measured = _split(step, call.mask)
+        call.mask, measured = _split(step, call.mask, call.q.shape[2])
         if measured is not None:
             use(call, measured, known)
     call.extra["is_causal"] = _is_causal(step, call)
@@ -65,16 +63,17 @@ def fullest(step: ActiveStep) -> tuple[int, int]:
     return row, int(tokens[-1]) if len(tokens) else step.length - 1
 
 
-def _split(step: ActiveStep, mask: torch.Tensor) -> tuple[torch.Tensor, Measured | None]:
-    """Which keys a mask shows [batch or 1, 1, query or 1, key], and the ALiBi in it."""
+def _split(
+    step: ActiveStep, mask: torch.Tensor, queries: int
+) -> tuple[torch.Tensor, Measured | None]:
+    """Which keys a mask shows [batch or 1, 1, query, key], and the ALiBi in it."""
     key = id(mask)
     if key not in step.masks:
-        found: tuple[Any, ...] = (mask[:, :1], None)
+        seen, measured = mask[:, :1].detach(), None
         if mask.dtype != torch.bool:
-            seen = mask[:, :1].detach() > hidden_below(mask.dtype)
-            found = (seen, _mask_bias(step, mask))
+            seen, measured = seen > hidden_below(mask.dtype), _mask_bias(step, mask)
         # The mask itself is held too, so that no other gets its id while the step runs.
-        step.masks[key] = (mask, *found)
+        step.masks[key] = (mask, seen.expand(-1, -1, queries, -1), measured)
     return step.masks[key][1], step.masks[key][2]
 
 
@@ -97,7 +96,7 @@ def _is_causal(step: ActiveStep, call: Call) -> bool | None:
     shown = call.mask[min(row, call.mask.shape[0] - 1), 0]
     # A cache of fixed size has room behind the step's own keys.
     held = min(call.k.shape[2], step.past + step.length)
-    return not bool(shown[min(first, len(shown) - 1), held - step.length + last])
+    return not bool(shown[first, held - step.length + last])
 
 
 def _window(step: ActiveStep, call: Call) -> int | None:
@@ -109,6 +108,6 @@ def _window(step: ActiveStep, call: Call) -> int | None:
     if call.mask is None or not call.extra["is_causal"]:
         return None
     row, query = fullest(step)
-    shown = call.mask[min(row, call.mask.shape[0] - 1), 0, min(query, call.mask.shape[2] - 1)]
+    shown = call.mask[min(row, call.mask.shape[0] - 1), 0, query]
     count = int(shown.sum())
     return count if count < int(step.real[row].sum()) else None

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from kvtrace_recorder.taps.patch import Patch
 from kvtrace_recorder.taps.rebind import rebound
 from kvtrace_recorder.taps.settle import fullest, use
 
+_Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 #: Names of queries, keys and values in the code of transformers, of torch and of tutorials.
 _NAMES = (
     ("query", "key", "value"),
@@ -88,34 +89,46 @@ def _observe(
 
 def _operands(step: ActiveStep, scores: torch.Tensor, depth: int) -> _Operands | None:
     """The operands that the innermost frame to name some holds, where they fit the scores."""
-    named: list[torch.Tensor] = []
+    named: list[_Triple] = []
     batch = step.batch
     for frame in callers(depth + 1):
         held = frame.f_locals
         if not named:
-            named = _named(held)
+            named = [*_projected(step, held), *_named(held)]
             if named and not batch:
                 # torch's own code folds the heads into the batch, which it calls this.
                 known = held.get("bsz")
-                batch = known if isinstance(known, int) else len(named[0])
+                batch = known if isinstance(known, int) else len(named[0][0])
         module = module_of(frame)
         if module is not None:
-            return _fitting(module, named, scores, batch) if named else None
+            found = (_fitting(module, triple, scores, batch) for triple in named)
+            return next((operands for operands in found if operands is not None), None)
     return None
 
 
-def _named(held: Mapping[str, Any]) -> list[torch.Tensor]:
-    """q, k and v among a function's variables; empty without them."""
+def _named(held: Mapping[str, Any]) -> Iterator[_Triple]:
+    """What may be q, k and v among a function's variables."""
     for names in _NAMES:
-        values = [held.get(name) for name in names]
-        found = [x for x in values if isinstance(x, torch.Tensor) and x.ndim in (3, 4)]
-        if len(found) == len(names):
-            return found
-    return []
+        q, k, v = (held.get(name) for name in names)
+        if _is_operand(q) and _is_operand(k) and _is_operand(v):
+            yield q, k, v
+
+
+def _is_operand(x: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(x, torch.Tensor) and x.ndim in (3, 4)
+
+
+def _projected(step: ActiveStep, held: Mapping[str, Any]) -> list[_Triple]:
+    """The operands of `F.multi_head_attention_forward`, which deletes its k before the softmax."""
+    q, v = held.get("q"), held.get("v")
+    if step.projected is None or "num_heads" not in held or q is None or v is None:
+        return []
+    k = step.projected[1]
+    return [(q, k.reshape(len(k), *q.shape[::2]).transpose(0, 1), v)]
 
 
 def _fitting(
-    module: torch.nn.Module, named: list[torch.Tensor], scores: torch.Tensor, batch: int
+    module: torch.nn.Module, named: _Triple, scores: torch.Tensor, batch: int
 ) -> _Operands | None:
     """Operands of four axes, where their shapes are those of the scores."""
     if not batch or any(len(x) % batch for x in (*named, scores)):
