@@ -349,3 +349,18 @@ def test_a_layer_that_comes_back_from_another_device_is_an_event(tmp_path: Path)
     trace = kvtrace.open(tmp_path / "a.kvtrace")
     (event,) = events(trace, "restore")
     assert (event["layer"], event["tokens"], event["device"]) == (1, 14, "meta")
+
+
+def test_a_static_cache_that_is_reset_in_place_keeps_what_it_showed(tmp_path: Path) -> None:
+    model = build("llama")
+    cache = StaticCache(config=model.config, max_cache_len=64)
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True), torch.no_grad():
+        for length in (9, 5):
+            ids = prompts(length=length)
+            model(ids, past_key_values=cache, cache_position=torch.arange(length))
+            for step in range(3):
+                at = torch.tensor([length + step])
+                model(ids[:, :1] + step, past_key_values=cache, cache_position=at)
+            cache.reset()
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert [len(check_attention(trace, model, r.request)) for r in trace.requests()] == [12, 8]

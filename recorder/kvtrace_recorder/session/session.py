@@ -170,12 +170,17 @@ class Session:
         if step.is_packed:
             self.batches.end(step)
 
+    def cache_changes(self, cache: Any) -> None:
+        """A cache is about to be changed: what is held of it is copied first."""
+        entry = self._book.find(cache)
+        if entry is not None:
+            self._held.flush(entry)
+
     def cache_changed(self, cache: Any, method: str, event: str, value: Any) -> None:
         """Slots of a cache were dropped or moved."""
         entry = self._book.find(cache)
         if entry is None:
             return
-        self._held.flush(entry)
         try:
             if entry.lost is None:
                 apply_change(self._book, entry, cache, method, value)

@@ -11,12 +11,14 @@ from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.taps.patch import Patch
 
 NAME = "cache"
-#: Methods that change what the slots of a cache hold, and the event's name.
+#: Methods that change what the slots of a cache hold, and the event's name if it is one.
 CHANGES = {
     "crop": "crop",
     "reorder_cache": "reorder",
     "batch_repeat_interleave": "reorder",
     "batch_select_indices": "reorder",
+    # What follows begins at 0 again, with requests of its own.
+    "reset": None,
 }
 
 
@@ -26,12 +28,16 @@ def patches(session: Session) -> list[Patch]:
 
 
 def _maker(session: Session, name: str) -> Any:
+    event = CHANGES[name]
+
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            session.guard.run(NAME, session.cache_changes, self)
             result = original(self, *args, **kwargs)
-            value = args[0] if args else next(iter(kwargs.values()), None)
-            session.guard.run(NAME, session.cache_changed, self, name, CHANGES[name], value)
+            if event is not None:
+                value = args[0] if args else next(iter(kwargs.values()), None)
+                session.guard.run(NAME, session.cache_changed, self, name, event, value)
             return result
 
         return changed
