@@ -44,7 +44,7 @@ CREATE TABLE requests (
     prompt_tokens INTEGER, started_ns BIGINT, encoder_request BIGINT
 );
 COMMENT ON TABLE requests IS 'One row per sequence: a batch of four is four requests.';
-COMMENT ON COLUMN requests.external_id IS 'The serving API''s id; null where there is none.';
+COMMENT ON COLUMN requests.external_id IS 'The serving API''s id, of imported events the session; null where there is none.';
 COMMENT ON COLUMN requests.prompt_tokens IS 'Tokens of the prompt, padding not counted.';
 COMMENT ON COLUMN requests.encoder_request IS 'The request whose tokens the cross attention reads; null without.';
 
@@ -83,16 +83,17 @@ CREATE TABLE kv_events (
     tokens INTEGER, bytes BIGINT, device VARCHAR, cache_group INTEGER, block_index INTEGER
 );
 COMMENT ON TABLE kv_events IS 'What happened to KV memory.';
+COMMENT ON COLUMN kv_events.ts_ns IS 'Of imported events the clock of their source, each a nanosecond later than the one before in its message, so that their order is kept.';
 COMMENT ON COLUMN kv_events.request IS 'Null where the event concerns the whole batch.';
 COMMENT ON COLUMN kv_events.step IS 'The step that the event came with, or before; null between steps.';
 COMMENT ON COLUMN kv_events.layer IS 'Null where the event concerns all layers, or all of a cache group: free, and events of a block.';
-COMMENT ON COLUMN kv_events.event IS 'Of a whole cache: grow, crop, reorder, offload, restore, free. Of a block: allocate, share, fork, free, evict, offload, restore, store, touch, remove. Of a pool: reset, clear; a reset with a request: its cache was given up and its tokens will be processed again.';
+COMMENT ON COLUMN kv_events.event IS 'Of a whole cache: grow, crop, reorder, offload, restore, free. Of a block: allocate, share, fork, free, evict, offload, restore, store, touch, remove. Of a pool: reset, clear; a reset with a request: its cache was given up and its tokens will be processed again; a clear with a block: it lay there.';
 COMMENT ON COLUMN kv_events.block IS 'The block, for events of one block; table blocks describes it.';
 COMMENT ON COLUMN kv_events.cache_group IS 'Group of layers that share block tables; null where there is one.';
 COMMENT ON COLUMN kv_events.block_index IS 'Index of the block in the request''s block table; null where it stands in none.';
 COMMENT ON COLUMN kv_events.tokens IS 'Token slots held after the event: by the layer, or by the block.';
 COMMENT ON COLUMN kv_events.bytes IS 'Bytes held after the event by this layer, keys and values, over the whole batch, padding counted. Of a block: by all layers of its cache group; above 0 after a free where others share the block or it stays cached.';
-COMMENT ON COLUMN kv_events.device IS 'Where the memory is; cpu swap: the pool that blocks are offloaded to, whose blocks have numbers of their own.';
+COMMENT ON COLUMN kv_events.device IS 'Where the memory is, null where the source of imported events does not say; cpu swap: the pool that blocks are offloaded to, whose blocks have numbers of their own.';
 
 CREATE TABLE blocks (
     block BIGINT, hash VARCHAR, parent BIGINT, block_size INTEGER, token_ids INTEGER[],

@@ -53,6 +53,8 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "ranks": _ranks(trace),
         "requests": len(trace.requests()),
         "steps": trace.table("steps").num_rows,
+        "kv_events": trace.table("kv_events").num_rows,
+        "blocks": trace.table("blocks").num_rows,
         "bytes": trace.bytes,
         "signals": sorted(trace.signals),
         "kinds": sorted(set(trace.table("array_catalog")["kind"].to_pylist())),
@@ -99,8 +101,11 @@ def _show(found: dict[str, Any]) -> None:
     if len(found["ranks"]) > 1:
         for rank in found["ranks"]:
             out.print(f"rank      {rank['rank']}: {rank['rows']} rows, {rank['status']}")
-    out.print(f"detail    {found['detail']} in {found['dtype']}: {_precision(found)}")
-    out.print(f"queries   {_selected(found)}")
+    if found["kv_events"]:
+        out.print(f"events    {found['kv_events']:,} KV events of {found['blocks']:,} blocks")
+    if found["layers"]:
+        out.print(f"detail    {found['detail']} in {found['dtype']}: {_precision(found)}")
+        out.print(f"queries   {_selected(found)}")
     if found["verified"]:
         out.print(f"verified  {_verified(found['verified'])}")
     out.print(f"replays   {', '.join(found['replays']) or 'none yet: kvtrace replay'}")
@@ -108,6 +113,9 @@ def _show(found: dict[str, Any]) -> None:
         out.print(f"gap       {gap['count']} {gap['what']}: {gap['reason']}")
     if not found["gaps"]:
         out.print("gaps      none")
+    if not found["layers"]:
+        out.print("no policy can be replayed: no attention layer was recorded")
+        return
     if not found["replayable"]:
         out.print("which policies it can replay: pip install 'kvtrace[viewer]'", markup=False)
         return

@@ -14,18 +14,29 @@ from kvtrace_viewer.library import TraceLibrary
 
 
 def with_trace(
-    context: Context, trace_id: str | None, build: Callable[[str, Trace], Component]
+    context: Context,
+    trace_id: str | None,
+    build: Callable[[str, Trace], Component],
+    *,
+    needs_tokens: bool = True,
 ) -> Component:
     """Build a page for the trace of the URL, the newest where it names none.
 
-    A trace that is missing, broken or empty becomes an explanation instead.
+    A trace that is missing, broken or without the tokens that a page needs becomes an explanation
+    instead.
     """
     try:
         chosen = trace_id or context.library.default_id()
         if chosen is None:
             return no_traces(context.library)
         trace = context.library.open(chosen)
-        if not trace.requests():
+        if needs_tokens and not trace.requests():
+            if events := trace.table("kv_events").num_rows:
+                return empty_state(
+                    "Events only",
+                    f"{trace.name} holds {events:,} KV events and no tokens, queries or keys. "
+                    "Its tables answer on the SQL page.",
+                )
             return empty_state(
                 "Nothing recorded yet",
                 f"{trace.name} is {trace.status} and holds no token so far. "

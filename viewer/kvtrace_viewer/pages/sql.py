@@ -42,6 +42,11 @@ EXAMPLES = (
         "select step, sum(bytes) as bytes, max(tokens) as tokens\nfrom kv_events\n"
         "where event = 'grow'\ngroup by step\norder by step\nlimit 200",
     ),
+    (
+        "Blocks by device",
+        "select device, event, count(*) as events, count(distinct block) as blocks\n"
+        "from kv_events\nwhere block is not null\ngroup by all\norder by all",
+    ),
     ("What is missing", "select what, count, reason\nfrom gaps"),
 )
 
@@ -71,7 +76,9 @@ def register(app: Any, context: Context, order: int) -> None:
 
 def layout(context: Context, trace: str | None = None, **query: str) -> Component:
     """Build the page for the trace and query of the URL."""
-    body = with_trace(context, trace, lambda found, opened: build(found, opened, query))
+    body = with_trace(
+        context, trace, lambda found, opened: build(found, opened, query), needs_tokens=False
+    )
     return html.Div(body, className="kv-page")
 
 

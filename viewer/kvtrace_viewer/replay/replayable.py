@@ -110,6 +110,11 @@ def check(trace: Trace, requests: Sequence[int], policies: Sequence[tuple[Policy
     InputError
         With the reason.
     """
+    if not trace.rows and trace.table("kv_events").num_rows:
+        raise InputError(
+            f"{trace.path} holds KV events and no tokens; a policy decides from queries and keys;"
+            " record the model itself, with `kvtrace record`"
+        )
     if not trace.rows or not requests:
         raise InputError(
             f"{trace.path} holds no tokens; a replay needs at least one; record a run first"
