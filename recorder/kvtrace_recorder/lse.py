@@ -127,7 +127,7 @@ def row_lse(
 
 def _bounds(rows: Positions, tokens: int, spec: LayerSpec) -> tuple[Positions, Positions]:
     """First and last position that each row sees."""
-    if spec.attention_kind == "bidirectional":
+    if spec.attention_kind in ("bidirectional", "cross"):
         return np.zeros_like(rows), np.full_like(rows, tokens - 1)
     if spec.sliding_window is None:
         return np.zeros_like(rows), rows

@@ -78,6 +78,8 @@ class Sequenced:
         The request's id where it was asked for.
     from_prompt : int or None
         How many of the step's tokens are of the prompt; None: what the phase says.
+    encoder_request : int or None
+        The request that its cross attention reads.
     """
 
     request: int
@@ -88,6 +90,7 @@ class Sequenced:
     prompt_tokens: int = 0
     external_id: str | None = None
     from_prompt: int | None = None
+    encoder_request: int | None = None
 
 
 @dataclass

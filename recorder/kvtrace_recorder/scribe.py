@@ -61,7 +61,8 @@ class Scribe:
         #: By key: the model's number in the trace, and where its tokens' texts come from.
         self._models: dict[int, tuple[int, str]] = {}
         self._texts: dict[str, dict[int, str | None]] = {}
-        self._layered: set[int] = set()
+        self._layered: dict[int, set[int]] = {}
+        self._encoders: dict[int, int] = {}
         self._histories = Histories()
         self._buffers: dict[str, dict[str, list[Any]]] = {}
         self._gaps: dict[tuple[str, str], tuple[int | None, int]] = {}
@@ -121,12 +122,19 @@ class Scribe:
 
     def _write_rows(self, batch: StepBatch, steps: Sequence[tuple[int, StepRecord]]) -> None:
         model, source = self._models[batch.model]
-        if model not in self._layered:
-            specs = sorted((layer.spec for layer in batch.layers), key=lambda spec: spec.layer)
-            self._writer.add_layers(model, specs)
-            self._layered.add(model)
+        known = self._layered.setdefault(model, set())
+        new = [layer.spec for layer in batch.layers if layer.spec.layer not in known]
+        if new:
+            self._writer.add_layers(model, sorted(new, key=lambda spec: spec.layer))
+            known.update(spec.layer for spec in new)
         numbers, requests, positions = _row_columns(steps)
         self._buffer("requests", _request_rows(model, steps))
+        self._encoders |= {
+            s.request: s.encoder_request
+            for _, step in steps
+            for s in step.sequences
+            if s.encoder_request is not None
+        }
         self.requests += sum(sequence.new for _, step in steps for sequence in step.sequences)
         count = len(requests)
         row = np.arange(self._writer.rows, self._writer.rows + count)
@@ -147,6 +155,9 @@ class Scribe:
             self._histories.add_rows(request, row[share])
         for layer in batch.layers:
             self._write_layer(model, layer, shares, positions, steps[0][0])
+        for number in known - {layer.spec.layer for layer in batch.layers}:
+            # The other half of an encoder-decoder did not run.
+            self._writer.append_layer(model, number)
 
     def _write_layer(
         self,
@@ -167,7 +178,9 @@ class Scribe:
             self.nbytes += values.nbytes
             arrays[kind] = values
         q, k = arrays.get("q"), arrays.get("k")
-        if q is not None and k is not None:
+        if layer.spec.attention_kind == "cross":
+            arrays["lse"] = self._cross_lse(layer, q, k, shares, number)
+        elif q is not None and k is not None:
             arrays["lse"] = self._lse(layer, q, k, shares, positions, number)
         self._writer.append_layer(model, layer.spec.layer, **arrays)
 
@@ -189,6 +202,29 @@ class Scribe:
                 continue
             history.extend(k[share])
             found[share] = row_lse(q[share], history, first, layer.spec, layer.sinks)
+        return found
+
+    def _cross_lse(
+        self,
+        layer: LayerRows,
+        q: NDArray[Any] | None,
+        k: NDArray[Any] | None,
+        shares: Mapping[int, Index],
+        number: int,
+    ) -> NDArray[np.float32] | None:
+        """Of a decoder's rows, over all keys of its encoder; of an encoder's, its keys are kept."""
+        if k is not None:
+            for request, share in shares.items():
+                self._histories.of(request, layer.spec.layer).extend(k[share])
+        if q is None:
+            return None
+        found = np.full(q.shape[:2], np.nan, np.float32)
+        for request, share in shares.items():
+            history = self._histories.of(self._encoders.get(request, request), layer.spec.layer)
+            if history.tokens:
+                found[share] = row_lse(q[share], history, 0, layer.spec)
+            else:
+                self._note("lse", len(q[share]), KEYS_GONE, number)
         return found
 
     def _fork(self, forks: Sequence[ForkedRequest]) -> None:
@@ -227,6 +263,7 @@ class Scribe:
         count = len(message.requests)
         for request in message.requests:
             self._histories.end(request)
+            self._encoders.pop(request, None)
         if message.freed_ns is not None:
             freed: dict[str, Iterable[Any]] = {name: [None] * count for name in _EVENT_COLUMNS} | {
                 "ts_ns": [message.freed_ns] * count,
@@ -295,6 +332,7 @@ def _request_rows(model: int, steps: Sequence[tuple[int, StepRecord]]) -> dict[s
         "external_id": [s.external_id for _, s in new],
         "batch_index": [s.batch_index for _, s in new],
         "prompt_tokens": [s.prompt_tokens for _, s in new],
+        "encoder_request": [s.encoder_request for _, s in new],
         "started_ns": [step.started_ns for step, _ in new],
     }
 

@@ -45,8 +45,11 @@ def scores(q: Float, k: Float, rows: Positions, keys: Positions, layer: Layer, h
 
 
 def visible(rows: Positions, keys: Positions, layer: Layer) -> NDArray[np.bool_]:
-    """Which keys each query could see: [row, key] of bool, from positions in the request."""
-    if layer.attention_kind == "bidirectional":
+    """Which keys each query could see: [row, key] of bool, from positions in the request.
+
+    Of a cross layer the keys' positions are those in the encoder's request.
+    """
+    if layer.attention_kind in ("bidirectional", "cross"):
         return np.ones((len(rows), len(keys)), bool)
     distance = rows[:, None] - keys[None, :]
     seen = distance >= 0

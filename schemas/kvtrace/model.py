@@ -35,6 +35,11 @@ class Layer:
     alibi_slopes: Sequence[float] | None = None
 
     @property
+    def is_cross(self) -> bool:
+        """Whether queries are the request's and keys its encoder's."""
+        return self.attention_kind == "cross"
+
+    @property
     def group_size(self) -> int:
         """Query heads that share one KV head."""
         return self.num_q_heads // self.num_kv_heads
@@ -104,6 +109,9 @@ class Request:
 @dataclass(frozen=True)
 class LayerData:
     """One layer of one request, by position; float32, None where not recorded.
+
+    Of a cross layer q and lse are by position in the request, k, v and received by position in
+    its encoder's request.
 
     Attributes
     ----------

@@ -18,7 +18,7 @@ from kvtrace.errors import InputError, TraceError
 from kvtrace.holdings import Holdings, first_missing, joined
 from kvtrace.layout import QUERY_ARRAYS, REPLAYS, array_name
 from kvtrace.manifest import Manifest, is_trace, read_manifest
-from kvtrace.model import Layer, LayerData, Request
+from kvtrace.model import Layer, LayerData, Request, number_text
 from kvtrace.sequences import Fork, rows_by_request
 from kvtrace.store import StoreReader
 from kvtrace.writer import ROW_ARRAYS, directory_bytes
@@ -30,6 +30,7 @@ Ids = NDArray[np.int64]
 _CACHED = (
     "layers",
     "_models",
+    "_encoders",
     "_prompt_tokens",
     "_row_index",
     "_has_query",
@@ -175,8 +176,9 @@ class Trace:
             For a request the trace does not have.
         """
         rows = self.request_rows(request)
-        model, prompt_tokens = self._models[request], self._prompt_tokens[request]
-        specs = [spec for spec in self.layers if spec.model == model]
+        prompt_tokens = self._prompt_tokens[request]
+        # What is kept of a cross layer's keys is a matter of the encoder's request.
+        specs = [spec for spec in self.layers_of(request) if not spec.is_cross]
         kinds = {spec.layer: self._stored(spec, int(rows.max())) for spec in specs}
         # Either all layers have it or none: a request that began under another rule has none.
         summed = [spec for spec in specs if "received" in kinds[spec.layer]]
@@ -246,12 +248,42 @@ class Trace:
                 f"request {request} was not found in {self.path}; the trace has {have}"
             ) from None
 
+    def layers_of(self, request: int = 0) -> list[Layer]:
+        """Layers that a request ran through, in order.
+
+        In an encoder-decoder those of the encoder for the encoder's request; for the decoder's
+        its own layers and cross attention.
+
+        Raises
+        ------
+        InputError
+            For a request the trace does not have.
+        """
+        self.request_rows(request)
+        model = self._models[request]
+        found = [spec for spec in self.layers if spec.model == model]
+        if model not in self._paired_models:
+            return found
+        is_encoder = self._encoders[request] is None
+        return [spec for spec in found if (spec.attention_kind == "bidirectional") == is_encoder]
+
+    def key_rows(self, layer: int, request: int = 0) -> Ids:
+        """Row of each key that a request has in a layer: the encoder's in a cross layer.
+
+        Raises
+        ------
+        InputError
+            For a layer or request the trace does not have.
+        """
+        source = self._encoders[request] if self._layer(layer, request).is_cross else request
+        return self.request_rows(request if source is None else source)
+
     def layer_data(self, layer: int, request: int = 0) -> LayerData:
         """q, k, v, lse and received of one layer of one request, as float32."""
-        rows = self.request_rows(request)
-        spec = self._layer(layer, request)
-        kinds = ("q", "k", "v", "lse", "received")
-        found = {kind: self._read(kind, spec, rows) for kind in kinds}
+        rows, spec = self.request_rows(request), self._layer(layer, request)
+        keys = self.key_rows(layer, request)
+        at = {"q": rows, "k": keys, "v": keys, "lse": rows, "received": keys}
+        found = {kind: self._read(kind, spec, where) for kind, where in at.items()}
         return LayerData(spec, **found)
 
     def row_array(self, kind: str, layer: int, request: int = 0) -> Float:
@@ -280,7 +312,7 @@ class Trace:
         layer, head : int
             Layer and query head, by the model's own numbers.
         rows, keys : slice, int array or None
-            Positions in the request; None is all.
+            Positions in the request; None is all. In a cross layer keys are the encoder's tokens.
         request : int
             The request.
 
@@ -298,10 +330,11 @@ class Trace:
         """
         index = self.request_rows(request)
         spec = self._layer(layer, request)
+        key_index = self.key_rows(layer, request)
         at = spec.q_head_index(head)
-        row_at, key_at = _positions(rows, len(index)), _positions(keys, len(index))
+        row_at, key_at = _positions(rows, len(index)), _positions(keys, len(key_index))
         q = self._read("q", spec, index[row_at])
-        k = self._read("k", spec, index[key_at])
+        k = self._read("k", spec, key_index[key_at])
         lse = self._read("lse", spec, index[row_at])
         if q is None or k is None or lse is None:
             raise InputError(
@@ -380,12 +413,16 @@ class Trace:
         of_row = np.array([models.get(step, -1) for step in rows["step"].to_pylist()], np.int64)
         ids = rows["row"].to_numpy()
         found: dict[tuple[int, int, str], int] = {}
-        # An encoder's layers and cross attention hold nothing of a decoder's rows.
-        pairs = {spec.model for spec in self.layers if spec.attention_kind == "cross"}
+        # An encoder's layers hold nothing of a decoder's rows, nor the other way round.
+        decoders = [request for request, source in self._encoders.items() if source is not None]
+        of_decoder = np.isin(rows["request"].to_numpy(), decoders)
         for spec in self.layers:
-            if spec.model in pairs and spec.attention_kind in ("cross", "bidirectional"):
+            if spec.is_cross:
                 continue
-            mine = ids[(of_row == spec.model) & (ids < self.rows)]
+            here = (of_row == spec.model) & (ids < self.rows)
+            if spec.model in self._paired_models:
+                here &= of_decoder == (spec.attention_kind != "bidirectional")
+            mine = ids[here]
             for kind in ("k", "v", "key_norm", "value_norm"):
                 if kind in self._group_kinds[spec.array_group]:
                     ends = first_missing(mine, partial(self._is_held, kind, spec))
@@ -398,13 +435,27 @@ class Trace:
         return bool(np.isfinite(array.read(row, row + 1, spec.array_index)).all())
 
     def _layer(self, layer: int, request: int) -> Layer:
-        model = self._models[request]
-        specs = {spec.layer: spec for spec in self.layers if spec.model == model}
+        specs = {spec.layer: spec for spec in self.layers_of(request)}
         try:
             return specs[layer]
         except KeyError:
-            have = ", ".join(map(str, specs)) or "none"
-            raise InputError(f"layer {layer} was not found in {self.path}; it has {have}") from None
+            have = number_text(list(specs)) or "none"
+            raise InputError(
+                f"layer {layer} was not found in request {request} of {self.path}; it has {have}"
+            ) from None
+
+    @cached_property
+    def _encoders(self) -> dict[int, int | None]:
+        """The request that each request's cross attention reads."""
+        found = self.table("requests")
+        sources = found["encoder_request"].to_pylist()
+        return dict(zip(found["request"].to_pylist(), sources, strict=True))
+
+    @property
+    def _paired_models(self) -> set[int]:
+        """Encoder-decoders of which a decoder ran."""
+        sources = self._encoders.items()
+        return {self._models[request] for request, source in sources if source is not None}
 
     @cached_property
     def _models(self) -> dict[int, int]:

@@ -175,7 +175,11 @@ class TraceWriter:
         return model
 
     def add_layers(self, model: int, layers: Sequence[LayerSpec]) -> None:
-        """Register a model's layers, once, before its first rows; makes the arrays they need."""
+        """Register layers of a model before their first rows; makes the arrays they need.
+
+        Layers that come together share arrays where their shapes agree. Of an encoder-decoder
+        those of the decoder come later; each layer comes once.
+        """
         by_shape: dict[tuple[int, ...], list[LayerSpec]] = {}
         for spec in layers:
             key = (spec.num_q_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim)

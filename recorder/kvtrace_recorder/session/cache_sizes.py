@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,12 @@ from kvtrace_recorder.messages import CacheEvent
 from kvtrace_recorder.session.requests import CacheEntry
 
 
-def cache_events(cache: Any, entry: CacheEntry, change: str | None = None) -> list[CacheEvent]:
+def cache_events(
+    cache: Any,
+    entry: CacheEntry,
+    change: str | None = None,
+    numbers: Mapping[int, int] | None = None,
+) -> list[CacheEvent]:
     """Events for the layers whose memory changed since the last look; updates `entry.sizes`.
 
     Parameters
@@ -25,10 +30,14 @@ def cache_events(cache: Any, entry: CacheEntry, change: str | None = None) -> li
     change : str, optional
         What has just happened to the cache where that is known: a reordering is an event of every
         layer, whatever its size.
+    numbers : mapping of int to int, optional
+        Layer numbers by index in the cache; the entry's own where left out.
     """
+    numbers = entry.numbers if numbers is None else numbers
     found = []
     now = time.time_ns()
-    for number, layer in enumerate(cache.layers):
+    for index, layer in enumerate(cache.layers):
+        number = numbers.get(index, index)
         keys = getattr(layer, "keys", None)
         if not isinstance(keys, torch.Tensor):
             continue

@@ -117,8 +117,11 @@ class HeldSteps:
         if not nbytes:
             step.layers.append(LayerRows(taken.spec, None, None, None, None))
             return
-        expected = len(step.model.expected or ())
-        slab = self._pipeline.reserve(nbytes, bool(step.slabs), nbytes * expected)
+        expected = len(step.model.expected.get(step.half, ()))
+        # Rows of an encoder that wait for this step would wait forever, were it to wait for room.
+        run = step.entry.encoder
+        admitted = bool(step.slabs) or (run is not None and run.step is not None)
+        slab = self._pipeline.reserve(nbytes, admitted, nbytes * expected)
         if slab is None:
             self._refuse([step])
             return

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import Cache
 
+from kvtrace_recorder.session.halves import Half
 from kvtrace_recorder.session.models import ModelState
 
 
@@ -32,6 +33,10 @@ class StepInputs:
     num_candidates : int
         Tokens at the end that were guessed rather than given: assisted decoding asks for the
         logits of each, and of the token before them.
+    encoder_states : torch.Tensor or None
+        [batch, encoder's token, hidden], what a decoder's cross attention reads.
+    cross_cache : Cache or None
+        Where its keys and values are kept.
     """
 
     token_ids: NDArray[np.int64] | None
@@ -41,6 +46,8 @@ class StepInputs:
     cache: Cache | None
     past: int
     num_candidates: int = 0
+    encoder_states: Any = None
+    cross_cache: Any = None
 
     @property
     def is_decode(self) -> bool:
@@ -49,18 +56,21 @@ class StepInputs:
 
 
 def read_inputs(
-    model: ModelState, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: ModelState, half: Half | None, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> StepInputs | str:
-    """Read a call's inputs; where the model cannot be recorded, the reason."""
-    given = dict(zip(model.parameters, args, strict=False)) | kwargs
+    """Read what a model or one half of it was given; where it cannot be recorded, the reason."""
+    parameters = model.parameters if half is None else half.parameters
+    given = dict(zip(parameters, args, strict=False)) | kwargs
     name = model.info.columns["architecture"]
-    if getattr(model.config, "is_encoder_decoder", False):
-        return f"{name} is an encoder-decoder, which is not recorded yet"
+    states = given.get("encoder_hidden_states")
+    if half is None and states is not None:
+        return f"{name} was given the states of an encoder that is not part of it"
     ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     shaped = ids if ids is not None else embeddings
     if not isinstance(shaped, torch.Tensor) or shaped.ndim < 2:
         return f"{name} was given neither input_ids nor inputs_embeds of a batch"
-    cache = given.get("past_key_values")
+    both = given.get("past_key_values")
+    cache = getattr(both, "self_attention_cache", both)
     if cache is not None and not isinstance(cache, Cache):
         return f"{name} was given a cache of type {type(cache).__name__}"
     token_ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
@@ -71,7 +81,15 @@ def read_inputs(
     asked = given.get("logits_to_keep")
     candidates = min(asked, length) - 1 if cache is not None and isinstance(asked, int) else 0
     return StepInputs(
-        token_ids, batch, length, given.get("attention_mask"), cache, past, max(0, candidates)
+        token_ids,
+        batch,
+        length,
+        given.get("attention_mask"),
+        cache,
+        past,
+        max(0, candidates),
+        states,
+        getattr(both, "cross_attention_cache", None),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import ModelInfo
+from kvtrace_recorder.session.halves import DECODER, ENCODER, halves_of, parameters_of
 
 
 class ModelState:
@@ -29,30 +29,67 @@ class ModelState:
         self.config = None if self.is_plain else model.config
         described = _describe_plain(model) if self.is_plain else describe(model)
         self.info = ModelInfo(key, str(getattr(self.config, "_name_or_path", "")), described)
-        self.parameters = list(inspect.signature(type(model).forward).parameters)[1:]
+        self.parameters = parameters_of(model)
         self.end_tokens = _end_tokens(model)
-        #: Layers that every step must show; None until the first whole step.
-        self.expected: frozenset[int] | None = None
+        #: Layers that every step must show, of each half; none until the first whole step.
+        self.expected: dict[str | None, frozenset[int]] = {}
         self.specs: dict[int, LayerSpec] = {}
         self._numbers: dict[tuple[int, int], int] = {}
+        #: Layer numbers by index in the cache, and in that of cross attention.
+        self.cached: dict[int, int] = {}
+        self.cross_cached: dict[int, int] = {}
+        self._halves = {id(m): kind for kind, x in halves_of(model).items() for m in x.modules()}
+        self._kin = self._attention_modules(model)
         self._names = {id(module): name for name, module in model.named_modules()}
 
     def name_of(self, module: Any) -> str | None:
         """Name of a module in the model."""
         return self._names.get(id(module))
 
+    def is_cross(self, module: Any) -> bool:
+        """Whether an attention module of the decoder reads the encoder's tokens."""
+        return self._halves.get(id(module)) == DECODER and not getattr(module, "is_causal", True)
+
+    def cache_index(self, module: Any, layer: int) -> int:
+        """Where the cache keeps the keys of an attention module."""
+        index = layer
+        if self._halves:
+            own = getattr(module, "layer_idx", None)
+            index = layer if own is None else int(own)
+        (self.cross_cached if self.is_cross(module) else self.cached)[index] = layer
+        return index
+
     def layer_of(self, module: Any, nth: int = 0) -> int:
         """Number of an attention module's nth call in a step.
 
-        Its own `layer_idx` (GPT-Neo says `layer_id`), else in the order of first calls.
+        Its own `layer_idx` (GPT-Neo says `layer_id`), else in the order of first calls. In an
+        encoder-decoder: the encoder's layers, then the decoder's own, then its cross attention.
         """
         key = (id(module), nth)
+        if key not in self._numbers:
+            first = len(self._numbers)
+            for number, other in enumerate(self._kin.pop(type(module), ()), start=first):
+                self._numbers[other, 0] = number
         if key not in self._numbers:
             own = getattr(module, "layer_idx", getattr(module, "layer_id", None))
             taken = set(self._numbers.values())
             free = next(number for number in range(len(taken) + 1) if number not in taken)
             self._numbers[key] = own if isinstance(own, int) and own not in taken else free
         return self._numbers[key]
+
+    def _attention_modules(self, model: Any) -> dict[type, list[int]]:
+        """Attention modules of an encoder-decoder by type, in the order of their numbers."""
+        found: dict[type, list[tuple[int, int]]] = {}
+        for module in model.modules() if self._halves else ():
+            half = self._halves.get(id(module))
+            if half is not None and hasattr(module, "is_causal"):
+                place = 0 if half == ENCODER else 2 if self.is_cross(module) else 1
+                found.setdefault(type(module), []).append((place, id(module)))
+        # Sorted by place alone: their own order stays.
+        return {
+            kind: [key for _, key in sorted(kin, key=lambda one: one[0])]
+            for kind, kin in found.items()
+        }
 
     def rope_theta(self, module: Any) -> float | None:
         """Base of the rotary embedding of a layer; None where there is none."""

@@ -6,14 +6,17 @@ import itertools
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_recorder.messages import CacheChange, Ended, ForkedRequest
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.encoders import EncoderRun
 
 Bools = NDArray[np.bool_]
 
@@ -34,6 +37,8 @@ class RequestState:
         The last one's id; None where unknown.
     is_known : bool
         Whether the trace has the request.
+    encoder : int or None
+        The request that its cross attention reads.
     fork : (int, int) or None
         The request and its number of tokens that this one has become since its last row.
     lost : str or None
@@ -45,6 +50,7 @@ class RequestState:
     prompt_tokens: int = 0
     last_token: int | None = None
     is_known: bool = False
+    encoder: int | None = None
     fork: tuple[int, int] | None = None
     lost: str | None = None
 
@@ -81,7 +87,11 @@ class CacheEntry:
     steps : int
         Steps seen.
     sizes : dict of int to (tokens, bytes)
-        Of each layer of the cache after the last step.
+        Of each layer, by its number, after the last step.
+    numbers : mapping of int to int
+        Layer numbers by index in the cache, where they differ.
+    encoder : EncoderRun or None
+        What their cross attention reads.
     """
 
     requests: list[RequestState]
@@ -90,6 +100,8 @@ class CacheEntry:
     lost: str | None = None
     steps: int = 0
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    numbers: Mapping[int, int] = field(default_factory=dict)
+    encoder: EncoderRun | None = None
 
     def lose(self, reason: str) -> None:
         """Nothing further of these requests can be recorded."""

@@ -23,6 +23,8 @@ from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.cache_sizes import cache_events, layer_size
 from kvtrace_recorder.session.changes import apply_change
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
+from kvtrace_recorder.session.encoders import NOT_SEEN, EncoderRun, EncoderRuns
+from kvtrace_recorder.session.halves import ENCODER, Halves
 from kvtrace_recorder.session.held import HeldSteps
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.models import ModelState
@@ -33,6 +35,9 @@ from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
 from kvtrace_recorder.taps.masks import token_mask
 from kvtrace_recorder.taps.operands import take_rows
+
+#: Whether a model runs around a call, and its step.
+Around = tuple[bool, ActiveStep | None]
 
 
 class Session:
@@ -71,6 +76,10 @@ class Session:
         self._models: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
         self._keys = itertools.count()
         self._book = RequestBook()
+        self.halves = Halves()
+        self._encoders = EncoderRuns(self._book.ended)
+        for module in () if model is None else model.modules():
+            self.halves.learn(module)
         self.batches = ContinuousBatches(open_pipeline, self._book)
         self._noted: set[str] = set()
 
@@ -89,13 +98,21 @@ class Session:
         """Whether a model runs in this thread, recorded or not."""
         return getattr(self._local, "inside", False)
 
-    def enter_call(self, step: ActiveStep | None) -> None:
-        """A model runs in this thread from here on; None where it is not recorded."""
-        self._local.inside, self._local.step = True, step
+    def begins_step(self, module: Any) -> bool:
+        """Whether a call of this model is a step: no model runs around it, or it is a half."""
+        if not self.is_inside_call:
+            return self.wants(module)
+        return self.current is None and self.halves.of(module) is not None and self.wants(module)
 
-    def leave_call(self) -> None:
-        """The model has returned or raised."""
-        self._local.inside, self._local.step = False, None
+    def enter_call(self, step: ActiveStep | None) -> Around:
+        """A model runs in this thread from here on; None where it is not recorded."""
+        around = (self.is_inside_call, self.current)
+        self._local.inside, self._local.step = True, step
+        return around
+
+    def leave_call(self, around: Around) -> None:
+        """The model has returned or raised; `around` is what `enter_call` gave."""
+        self._local.inside, self._local.step = around
 
     def wants(self, module: Any) -> bool:
         """Whether a call of this model begins a step."""
@@ -108,12 +125,20 @@ class Session:
     ) -> ActiveStep | None:
         """A model is about to run; None where it is none that can be recorded."""
         self._send_ended()
-        model = self._model(module)
+        half = self.halves.of(module)
+        if half is None and self.halves.learn(module):
+            # Its halves are steps.
+            return None
+        if half is not None and half.kind == ENCODER:
+            for run in self._encoders.holding_memory():
+                # Nothing is read any more that could free it: this thread may wait for room.
+                self._release(run, read=False)
+        model = self._model(module if half is None else half.model)
         if is_paged(kwargs):
             return self._begin_batch(model, kwargs)
         if model.is_plain:
             return begin_unshaped(self, model, args, kwargs)
-        inputs = read_inputs(model, args, kwargs)
+        inputs = read_inputs(model, half, args, kwargs)
         if isinstance(inputs, str):
             self.note_once(inputs)
             return None
@@ -125,7 +150,11 @@ class Session:
             real = np.ones((inputs.batch, inputs.length), bool)
         if inputs.is_decode:
             real &= ~_fillers(model, entry, inputs)
-        return self.new_step(model, inputs, entry, real)
+        if inputs.encoder_states is not None and entry.encoder is None and entry.lost is None:
+            self._find_encoder(model, entry, inputs.encoder_states)
+        step = self.new_step(model, inputs, entry, real)
+        step.half, step.cross_cache = None if half is None else half.kind, inputs.cross_cache
+        return step
 
     def attention(self, step: ActiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An attention layer has run."""
@@ -154,9 +183,15 @@ class Session:
             self._submit(step)
             self.batches.end(step)
             return
+        if step.half == ENCODER:
+            self._encoded(step, output)
+            return
         if cache is not None:
             self._book.bind(cache, entry)
-            record.events += self.guard.run("cache sizes", cache_events, cache, entry) or []
+            record.events += self.guard.run("cache sizes", _sizes, step, cache) or []
+        self._release(entry.encoder, read=record.fault is None)
+        if entry.encoder is not None:
+            record.fault = record.fault or entry.encoder.lost
         self._submit(step)
         entry.slots = step.past + step.length
         entry.steps += 1
@@ -166,6 +201,7 @@ class Session:
     def abandon(self, step: ActiveStep) -> None:
         """The model has raised."""
         step.record.fault = step.record.fault or "the forward pass raised"
+        self._release(step.entry.encoder, read=False)
         self._submit(step)
         if step.is_packed:
             self.batches.end(step)
@@ -210,6 +246,8 @@ class Session:
 
     def finish(self) -> None:
         """Send what is left; the taps are gone."""
+        for run in self._encoders.close():
+            self._release(run, read=False)
         self._held.flush_all()
         self._book.close()
         self.batches.finish()
@@ -243,6 +281,41 @@ class Session:
         return ActiveStep(
             model, record, inputs.batch, inputs.length, inputs.past, inputs.cache, entry, real, keep
         )
+
+    def _find_encoder(self, model: ModelState, entry: CacheEntry, states: Any) -> None:
+        found = self._encoders.find(model.info.key, states)
+        if found is None:
+            entry.lost = NOT_SEEN
+            return
+        entry.encoder, rows = found
+        entry.lost = entry.encoder.lost
+        for state, row in zip(entry.requests, rows, strict=True):
+            state.encoder = entry.encoder.requests[row]
+
+    def _encoded(self, step: ActiveStep, output: Any) -> None:
+        """An encoder has returned: its rows wait for the decoder that reads them."""
+        hidden = output[0]
+        if step.record.fault is not None or not isinstance(hidden, torch.Tensor):
+            self._submit(step)
+            return
+        for run in self._encoders.add(step, hidden):
+            self._release(run, read=False)
+
+    def _release(self, run: EncoderRun | None, *, read: bool) -> None:
+        """Send an encoder's rows that wait, with the keys that a decoder made of them."""
+        if run is None or run.step is None:
+            return
+        step, run.step = run.step, None
+        for taken in run.keys if read else ():
+            if step.is_large and step.record.fault is None:
+                self._held.copy_now(step, taken)
+            else:
+                step.taken[taken.spec.layer] = taken
+        run.keys = []
+        self._submit(step)
+        # The decoder's rows come after.
+        self._held.flush(step.entry)
+        run.lost = step.entry.lost
 
     def _begin_batch(self, model: ModelState, inputs: dict[str, Any]) -> ActiveStep | None:
         step = self.batches.begin(model, inputs)
@@ -279,18 +352,18 @@ class Session:
         return self.guard.silent.get("attention") or self.guard.silent.get("cache")
 
     def _differing_layers(self, step: ActiveStep) -> str | None:
-        found = step.taken.keys()
-        if step.model.expected is None:
+        found, expected = step.taken.keys(), step.model.expected
+        if step.half not in expected:
             silent = self.guard.silent.get("attention")
             if silent is not None:
                 return silent
-            step.model.expected = frozenset(found)
+            expected[step.half] = frozenset(found)
             if not found:
                 name = step.model.info.columns["architecture"]
                 self.note_once(f"q, k and v of {name}: no attention call passed the tap")
-        if found == step.model.expected:
+        if found == expected[step.half]:
             return None
-        differing = sorted(found ^ step.model.expected)
+        differing = sorted(found ^ expected[step.half])
         return self.guard.silent.get("attention") or f"layers {differing} did not attend as before"
 
     def _model(self, module: Any) -> ModelState:
@@ -324,7 +397,19 @@ class Session:
 
 def _sequenced(row: int, state: RequestState, count: int, inputs: StepInputs) -> Sequenced:
     prompt = state.prompt_tokens or count - inputs.num_candidates
-    return Sequenced(state.request, row, state.tokens, count, not state.is_known, prompt)
+    new = not state.is_known
+    return Sequenced(
+        state.request, row, state.tokens, count, new, prompt, encoder_request=state.encoder
+    )
+
+
+def _sizes(step: ActiveStep, cache: Cache) -> list[CacheEvent]:
+    """What the step did to the memory of its caches."""
+    step.entry.numbers = step.model.cached
+    found = cache_events(cache, step.entry)
+    if step.cross_cache is not None:
+        found += cache_events(step.cross_cache, step.entry, numbers=step.model.cross_cached)
+    return found
 
 
 def _has_transformers(model: Any) -> bool:
@@ -338,13 +423,16 @@ def _fillers(model: ModelState, entry: CacheEntry, inputs: StepInputs) -> Bools:
     if inputs.token_ids is None or inputs.batch == 1 or inputs.length > 1:
         return found
     for row, state in enumerate(entry.requests[: inputs.batch]):
-        found[row] = state.last_token in ends and int(inputs.token_ids[row, 0]) in fills
+        # A prompt may end like a sequence: BART's decoder begins with the end token.
+        ended = state.last_token in ends and state.tokens > state.prompt_tokens
+        found[row] = ended and int(inputs.token_ids[row, 0]) in fills
     return found
 
 
 def _find_cache(output: Any) -> Any:
     """The cache that a model made for itself, from what it returned."""
     found = getattr(output, "past_key_values", None)
+    found = getattr(found, "self_attention_cache", found)
     if found is None and isinstance(output, tuple):
         found = next((part for part in output if isinstance(part, Cache)), None)
     return found if isinstance(found, Cache) else None

@@ -103,6 +103,10 @@ class ActiveStep:
         q, k and v of the last `nn.MultiheadAttention`, [token, batch, heads * head_dim].
     ids : numpy.ndarray or None
         Token ids of a step whose shape is not known yet.
+    half : str or None
+        encoder or decoder, where the model has both.
+    cross_cache : transformers Cache or None
+        Where a decoder keeps what it has read of its encoder.
     """
 
     model: ModelState
@@ -125,6 +129,8 @@ class ActiveStep:
     masks: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     projected: Sequence[torch.Tensor] | None = None
     ids: NDArray[np.int64] | None = None
+    half: str | None = None
+    cross_cache: Any = None
 
     @property
     def is_large(self) -> bool:

@@ -15,6 +15,7 @@ def patches(session: Session) -> list[Patch]:
     from kvtrace_recorder.taps import (
         attention,
         cache,
+        generate,
         model_forward,
         multihead,
         offload,
@@ -31,5 +32,6 @@ def patches(session: Session) -> list[Patch]:
         *cache.patches(session),
         *offload.patches(session),
         *paged_cache.patches(session),
+        *generate.patches(session),
         *model_forward.patches(session),
     ]

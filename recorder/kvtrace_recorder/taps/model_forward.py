@@ -28,8 +28,7 @@ def patches(session: Session) -> list[Patch]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if (
                 torch.compiler.is_compiling()
-                or session.is_inside_call
-                or not session.wants(self)
+                or not session.begins_step(self)
                 or os.getpid() != session.pid
             ):
                 return original(self, *args, **kwargs)
@@ -46,17 +45,17 @@ def _observed(
 ) -> Any:
     step = session.guard.run(NAME, session.begin, model, args, kwargs)
     # Also where the call is not recorded: the models inside it are part of it.
-    session.enter_call(step)
+    around = session.enter_call(step)
     started = time.perf_counter_ns()
     try:
         output = original(model, *args, **kwargs)
     except BaseException:
-        session.leave_call()
+        session.leave_call(around)
         if step is not None and os.getpid() == session.pid:
             session.guard.run(NAME, session.abandon, step)
         raise
     elapsed = time.perf_counter_ns() - started
-    session.leave_call()
+    session.leave_call(around)
     # A model may fork while it runs, and the step is the parent's.
     if step is not None and os.getpid() == session.pid:
         session.guard.run(NAME, session.end, step, output, elapsed)

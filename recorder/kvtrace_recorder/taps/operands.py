@@ -12,6 +12,7 @@ from kvtrace_recorder.session.continuous import is_paged
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.call import Call
+from kvtrace_recorder.taps.cross import take_cross
 from kvtrace_recorder.taps.guard import UnrecordableError
 from kvtrace_recorder.taps.masks import check_mask
 from kvtrace_recorder.taps.packed_masks import check_packed_mask
@@ -35,9 +36,7 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...]) -> Taken:
     """
     layer = step.model.layer_of(call.module, call.nth)
     if layer in step.taken:
-        raise UnrecordableError(
-            f"layer {layer} attended twice in one step; cross attention is not recorded"
-        )
+        raise UnrecordableError(f"layer {layer} attended twice in one step")
     q, length = call.q, step.length
     if q.ndim != 4 or q.shape[0] != step.batch or q.shape[2] != length:
         raise UnrecordableError(
@@ -45,7 +44,11 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...]) -> Taken:
             f" {step.batch} x {length} tokens"
         )
     spec = _spec(step.model, layer, call)
-    first, offset = _new_keys(step, spec, call.k)
+    index = step.model.cache_index(call.module, layer)
+    if spec.attention_kind == "cross":
+        step.taken[layer] = found = take_cross(step, call, spec, kinds)
+        return found
+    first, offset = _new_keys(step, spec, index, call.k)
     if spec.sliding_window is not None and not step.is_contiguous:
         raise UnrecordableError("padding stands between the tokens of a sliding-window layer")
     if step.is_packed:
@@ -58,7 +61,7 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...]) -> Taken:
         call.k if "k" in kinds else None,
         call.v if "v" in kinds else None,
         first,
-        _hold(step, layer),
+        _hold(step, index),
         call.extra.get("s_aux"),
     )
     step.taken[layer] = found
@@ -79,6 +82,7 @@ def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
     # Continuous batching passes is_causal=False where its mask says so instead.
     causal = True if is_paged(extra) else extra.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
+    kind = "cross" if model.is_cross(call.module) else "full" if causal else "bidirectional"
     window = extra.get("sliding_window")
     if window is not None and not causal:
         raise UnrecordableError(f"layer {layer} slides in both directions")
@@ -91,7 +95,7 @@ def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
         head_dim=width,
         value_dim=call.v.shape[3],
         scale=float(width**-0.5 if scaling is None else scaling),
-        attention_kind="bidirectional" if not causal else "full" if window is None else "sliding",
+        attention_kind=kind if window is None else "sliding",
         sliding_window=None if window is None else int(window),
         softcap=None if softcap is None else float(softcap),
         has_sinks=extra.get("s_aux") is not None,
@@ -101,11 +105,11 @@ def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
     )
 
 
-def _new_keys(step: ActiveStep, spec: LayerSpec, k: torch.Tensor) -> tuple[int, int]:
+def _new_keys(step: ActiveStep, spec: LayerSpec, index: int, k: torch.Tensor) -> tuple[int, int]:
     """Where in k the step's own keys begin, and which slot of the sequence k begins with."""
     layer, total, held = spec.layer, step.past + step.length, k.shape[2]
     layers = getattr(step.cache, "layers", ())
-    kept: Any = layers[layer] if layer < len(layers) else None
+    kept: Any = layers[index] if index < len(layers) else None
     form = _form(type(kept))
     # A static window is filled like any static layer; past its end it holds what slides.
     if form == "static" or (form == "static window" and total <= kept.max_cache_len):
@@ -120,7 +124,7 @@ def _new_keys(step: ActiveStep, spec: LayerSpec, k: torch.Tensor) -> tuple[int, 
     return held - step.length, total - held
 
 
-def _hold(step: ActiveStep, layer: int) -> Hold:
+def _hold(step: ActiveStep, index: int) -> Hold:
     """How long the keys and values given to a layer stay as they are.
 
     A static window rolls in place and a quantised layer gives back rounded keys; of an offloaded
@@ -129,9 +133,9 @@ def _hold(step: ActiveStep, layer: int) -> Hold:
     if step.cache is None:
         return Hold.FRESH
     layers = getattr(step.cache, "layers", ())
-    if layer >= len(layers) or getattr(step.cache, "offloading", False):
+    if index >= len(layers) or getattr(step.cache, "offloading", False):
         return Hold.BORROWED
-    kept = _form(type(layers[layer])) in ("growing", "static")
+    kept = _form(type(layers[index])) in ("growing", "static")
     return Hold.KEPT if kept else Hold.BORROWED
 
 
