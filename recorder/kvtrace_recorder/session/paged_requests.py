@@ -14,12 +14,10 @@ WARMUP = "__warmup_"
 
 @dataclass
 class PagedRequest(RequestState):
-    """A request of a continuous batch.
+    """A request of a continuous batch; its `external_id` is the manager's own id of it.
 
     Attributes
     ----------
-    external_id : str
-        The manager's own id, which is the API's where it serves.
     ended : bool
         Whether the manager is done with it.
     prefix : (PagedRequest, int) or None
@@ -29,7 +27,6 @@ class PagedRequest(RequestState):
         are any, its keys are still wanted.
     """
 
-    external_id: str = ""
     ended: bool = False
     prefix: tuple[PagedRequest, int] | None = None
     holds: int = 0
@@ -103,7 +100,7 @@ class PagedRequests:
 
     def end(self, request: PagedRequest) -> None:
         """The manager is done with a request."""
-        self.live.pop(request.external_id, None)
+        self.live.pop(str(request.external_id), None)
         self._forget_prefix(request)
         request.ended = True
         self._unhold(request, 0)

@@ -23,7 +23,7 @@ from kvtrace_recorder.tokens.texts import TokenTexts
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.session import Session
-    from kvtrace_recorder.taps.patch import Patch
+    from kvtrace_recorder.taps.patch import Patch, PatchesAfterImport
 
 #: Bytes that may wait for the writer.
 QUEUE_BYTES = 256 << 20
@@ -155,7 +155,7 @@ class Recording:
         self._opening = threading.RLock()
         self._pipeline: Pipeline | None = None
         self._session: Session | None = None
-        self._patches: list[Patch] = []
+        self._patches: list[Patch | PatchesAfterImport] = []
         self._waiting: AfterImport | None = None
 
     @property

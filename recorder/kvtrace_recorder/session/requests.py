@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_recorder.messages import CacheChange, Ended, ForkedRequest
+from kvtrace_recorder.session.api_request import api_request
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.encoders import EncoderRun
@@ -43,6 +44,8 @@ class RequestState:
         The request and its number of tokens that this one has become since its last row.
     lost : str or None
         Why no further rows of it can be recorded.
+    external_id : str or None
+        The id that whoever asked for it knows it by.
     """
 
     request: int
@@ -53,6 +56,7 @@ class RequestState:
     encoder: int | None = None
     fork: tuple[int, int] | None = None
     lost: str | None = None
+    external_id: str | None = None
 
     @property
     def origin(self) -> tuple[int, int]:
@@ -242,5 +246,6 @@ class RequestBook:
         return next(self._numbers)
 
     def _new(self, batch: int, slots: int) -> CacheEntry:
-        requests = [RequestState(self.next_number()) for _ in range(batch)]
+        name = api_request.get()
+        requests = [RequestState(self.next_number(), external_id=name) for _ in range(batch)]
         return CacheEntry(requests, slots, np.ones((batch, slots), bool))

@@ -399,7 +399,14 @@ def _sequenced(row: int, state: RequestState, count: int, inputs: StepInputs) ->
     prompt = state.prompt_tokens or count - inputs.num_candidates
     new = not state.is_known
     return Sequenced(
-        state.request, row, state.tokens, count, new, prompt, encoder_request=state.encoder
+        state.request,
+        row,
+        state.tokens,
+        count,
+        new,
+        prompt,
+        state.external_id,
+        encoder_request=state.encoder,
     )
 
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.session import Session
-    from kvtrace_recorder.taps.patch import Patch
+    from kvtrace_recorder.taps.patch import Patch, PatchesAfterImport
 
 
-def patches(session: Session) -> list[Patch]:
+def patches(session: Session) -> list[Patch | PatchesAfterImport]:
     """The patches of all taps, in the order to apply them."""
     # Imported here: the taps need transformers, and nothing is imported before the user does.
     from kvtrace_recorder.taps import (
@@ -21,6 +21,7 @@ def patches(session: Session) -> list[Patch]:
         offload,
         paged_cache,
         sdpa,
+        serving,
         softmax,
     )
 
@@ -33,5 +34,6 @@ def patches(session: Session) -> list[Patch]:
         *offload.patches(session),
         *paged_cache.patches(session),
         *generate.patches(session),
+        *serving.patches(session),
         *model_forward.patches(session),
     ]

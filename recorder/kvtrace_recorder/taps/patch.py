@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kvtrace_recorder.imports import AfterImport
+
 _ABSENT = object()
 
 
@@ -41,3 +43,36 @@ class Patch:
             delattr(self._owner, self._name)
         else:
             setattr(self._owner, self._name, self._original)
+
+
+class PatchesAfterImport:
+    """Patches of classes whose module is imported later, or never.
+
+    Parameters
+    ----------
+    module : str
+        Full name of the module.
+    make : callable
+        Returns the patches; called once the module is imported, where that happens.
+    """
+
+    def __init__(self, module: str, make: Callable[[], list[Patch]]) -> None:
+        self._make = make
+        self._waiting = AfterImport(module, self._imported)
+        self._patches: list[Patch] = []
+
+    def apply(self) -> None:
+        """Begin to wait for the import."""
+        self._waiting.install()
+
+    def restore(self) -> None:
+        """Stop waiting, and put back what was replaced."""
+        self._waiting.remove()
+        for patch in reversed(self._patches):
+            patch.restore()
+        self._patches = []
+
+    def _imported(self) -> None:
+        for patch in self._make():
+            self._patches.append(patch)
+            patch.apply()
