@@ -113,6 +113,8 @@ class TraceWriter:
     launch : str, optional
         What the processes of one launch have in common. With it the trace is made by the first of
         them and joined by the others.
+    pid : int, optional
+        The process that is recorded; by default this one.
 
     Raises
     ------
@@ -136,6 +138,7 @@ class TraceWriter:
         versions: Mapping[str, str] | None = None,
         rank: int | None = 0,
         launch: str | None = None,
+        pid: int | None = None,
     ) -> None:
         check_choice("detail", detail, DETAIL_ARRAYS)
         check_choice("dtype", dtype, ("float16", "float32"))
@@ -160,9 +163,8 @@ class TraceWriter:
         self._models = 0
         self._closed = False
         self._store = StoreWriter(self.path / rank_directory(self.rank))
-        self.append(
-            "runs", _run_row(now, source, command, detail, dtype, versions or {}, selection)
-        )
+        run = _run_row(now, source, command, detail, dtype, versions or {}, selection)
+        self.append("runs", {**run, "pid": [pid or os.getpid()]})
         self.rows = 0
 
     def add_model(self, *, config: Mapping[str, Any] | None = None, **columns: Any) -> int:
@@ -422,7 +424,6 @@ def _run_row(
         "started_ns": now,
         "command": json.dumps(list(command)),
         "host": platform.node(),
-        "pid": os.getpid(),
         "python": sys.version.split()[0],
         "torch": versions.get("torch"),
         "transformers": versions.get("transformers"),

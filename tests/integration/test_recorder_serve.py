@@ -178,6 +178,7 @@ def test_a_server_is_recorded_until_a_signal_ends_it(
 
     trace = kvtrace.open(server.out)
     assert trace.status == "cut off"
+    assert f"kvtrace: {tokens} tokens of {len(answers)} requests" in server.log.read_text()
     check_requests(trace, answers)
     assert trace.table("gaps").num_rows == 0
     phases = set(trace.table("steps")["phase"].to_pylist())

@@ -261,6 +261,7 @@ class Recording:
                     "dtype": self._dtype,
                     "force": self._force,
                     "versions": library_versions(),
+                    "pid": os.getpid(),
                     "rank": self._rank(),
                     "launch": self._launch or environment_launch(),
                 }
