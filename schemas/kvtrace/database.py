@@ -18,6 +18,9 @@ from kvtrace import tables
 from kvtrace.layout import DATABASE, JOURNAL, REPLAYS, rank_number
 from kvtrace.store import StoreReader
 
+#: What takes DuckDB more than two seconds would draw a bar on standard output, into our JSON.
+QUIET = "set enable_progress_bar = false"
+
 
 def stores_by_rank(trace: Path) -> dict[int, StoreReader]:
     """The stores of the recording processes, by their numbers."""
@@ -43,6 +46,7 @@ def build(trace: Path) -> None:
     made_from = _changed_ns(trace)
     temporary.unlink(missing_ok=True)
     with duckdb.connect() as connection:
+        connection.execute(QUIET)
         # Small blocks: a table takes whole blocks, and a short trace would be mostly air. The old
         # storage version lets clients of DuckDB 1.x open the file too.
         path = str(temporary).replace("'", "''")

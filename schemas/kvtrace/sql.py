@@ -103,6 +103,7 @@ def _connect(
     except duckdb.Error as error:
         raise QueryError(_one_line(error)) from error
     with connection:
+        connection.execute(database.QUIET)
         if closed and _fresh_database(trace):
             path = str((trace / DATABASE).resolve()).replace("'", "''")
             connection.execute(f"attach '{path}' as trace (read_only)")

@@ -51,6 +51,11 @@ def test_the_database_is_a_plain_duckdb_file_with_comments(
     assert (trace.path / "trace.duckdb").stat().st_size < 1_000_000
 
 
+def test_a_slow_query_draws_no_bar_into_the_answer(synthetic_trace: SyntheticTrace) -> None:
+    found = synthetic_trace().sql("select current_setting('enable_progress_bar') as bar")
+    assert found.to_pylist() == [{"bar": False}]
+
+
 def test_a_deleted_or_stale_database_is_built_again(synthetic_trace: SyntheticTrace) -> None:
     trace = synthetic_trace()
     (trace.path / "trace.duckdb").unlink()

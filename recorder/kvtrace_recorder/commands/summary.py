@@ -28,8 +28,8 @@ def summary(path: Path, opened: Path | None = None) -> str:
     ranks = [kvtrace.open(trace.path, rank) for rank in trace.ranks]
     rows, requests = sum(r.rows for r in ranks), sum(len(r.requests()) for r in ranks)
     shown = f" by {len(ranks)} processes" if len(ranks) > 1 else ""
-    if not rows and trace.table("kv_events").num_rows:
-        return _of_events(trace, path)
+    if not rows and (events := _count(trace, "kv_events")):
+        return _of_events(trace, path, events)
     if not rows:
         return f"kvtrace: nothing was recorded: {path} holds no rows and no KV events"
     return (
@@ -39,14 +39,17 @@ def summary(path: Path, opened: Path | None = None) -> str:
     )
 
 
-def _of_events(trace: Trace, path: Path) -> str:
-    events, blocks = (trace.table(name).num_rows for name in ("kv_events", "blocks"))
+def _of_events(trace: Trace, path: Path, events: int) -> str:
     question = "select event, device, count(*) n from kv_events group by all order by all"
     return (
-        f"kvtrace: {events:,} KV events of {blocks:,} blocks in {path}"
+        f"kvtrace: {events:,} KV events of {_count(trace, 'blocks'):,} blocks in {path}"
         f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
         f' kvtrace sql {path} "{question}"'
     )
+
+
+def _count(trace: Trace, table: str) -> int:
+    return int(trace.sql(f"select count(*) n from {table}")["n"][0].as_py())
 
 
 def quiet() -> None:

@@ -31,7 +31,7 @@ def with_trace(
             return no_traces(context.library)
         trace = context.library.open(chosen)
         if needs_tokens and not trace.requests():
-            if events := trace.table("kv_events").num_rows:
+            if events := _count(trace, "kv_events"):
                 return empty_state(
                     "Events only",
                     f"{trace.name} holds {events:,} KV events and no tokens, queries or keys. "
@@ -45,6 +45,10 @@ def with_trace(
         return build(chosen, trace)
     except (KvtraceError, OSError) as error:
         return empty_state("This trace cannot be shown", str(error))
+
+
+def _count(trace: Trace, table: str) -> int:
+    return int(trace.sql(f"select count(*) n from {table}")["n"][0].as_py())
 
 
 def no_traces(library: TraceLibrary) -> Component:

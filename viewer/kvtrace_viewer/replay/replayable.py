@@ -110,7 +110,7 @@ def check(trace: Trace, requests: Sequence[int], policies: Sequence[tuple[Policy
     InputError
         With the reason.
     """
-    if not trace.rows and trace.table("kv_events").num_rows:
+    if not trace.rows and trace.sql("from kv_events limit 1").num_rows:
         raise InputError(
             f"{trace.path} holds KV events and no tokens; a policy decides from queries and keys;"
             " record the model itself, with `kvtrace record`"
