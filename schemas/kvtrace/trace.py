@@ -267,21 +267,21 @@ class Trace:
         is_encoder = self._encoders[request] is None
         return [spec for spec in found if (spec.attention_kind == "bidirectional") == is_encoder]
 
-    def key_rows(self, layer: int, request: int = 0) -> Ids:
-        """Row of each key that a request has in a layer: the encoder's in a cross layer.
+    def key_request(self, layer: int, request: int = 0) -> int:
+        """The request whose tokens are a layer's keys: the encoder's in a cross layer.
 
         Raises
         ------
         InputError
             For a layer or request the trace does not have.
         """
-        source = self._encoders[request] if self._layer(layer, request).is_cross else request
-        return self.request_rows(request if source is None else source)
+        source = self._encoders[request] if self._layer(layer, request).is_cross else None
+        return request if source is None else source
 
     def layer_data(self, layer: int, request: int = 0) -> LayerData:
         """q, k, v, lse and received of one layer of one request, as float32."""
         rows, spec = self.request_rows(request), self._layer(layer, request)
-        keys = self.key_rows(layer, request)
+        keys = self.request_rows(self.key_request(layer, request))
         at = {"q": rows, "k": keys, "v": keys, "lse": rows, "received": keys}
         found = {kind: self._read(kind, spec, where) for kind, where in at.items()}
         return LayerData(spec, **found)
@@ -330,7 +330,7 @@ class Trace:
         """
         index = self.request_rows(request)
         spec = self._layer(layer, request)
-        key_index = self.key_rows(layer, request)
+        key_index = self.request_rows(self.key_request(layer, request))
         at = spec.q_head_index(head)
         row_at, key_at = _positions(rows, len(index)), _positions(keys, len(key_index))
         q = self._read("q", spec, index[row_at])

@@ -26,7 +26,7 @@ class SyntheticMap:
 
     def __init__(self, weights: NDArray[Any]) -> None:
         self.weights = weights.astype(np.float32).copy()
-        self.num_tokens = len(weights)
+        self.num_tokens = self.num_keys = len(weights)
         self.weights[np.triu_indices(self.num_tokens, 1)] = np.nan
         self.rows_read = 0
 

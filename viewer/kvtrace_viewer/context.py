@@ -53,7 +53,12 @@ class Context:
         )
 
     def head_marks(self, trace: Trace, request: int, layer: int, head: int) -> list[Mark]:
-        """Sinks and heavy hitters of a query head, computed once."""
+        """Sinks and heavy hitters of a query head, computed once; none in cross attention.
+
+        Both are about keys of one sequence, and how much later its queries come.
+        """
+        if any(spec.is_cross and spec.layer == layer for spec in trace.layers_of(request)):
+            return []
         key = (identity(trace), request, layer, head)
         return self.marks.get(
             key, lambda: find_marks(self.layers.head_map(trace, request, layer, head))

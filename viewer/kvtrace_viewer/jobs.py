@@ -56,8 +56,15 @@ class ReplayJobs:
         self._jobs: dict[int, Job] = {}
         self._lock = threading.Lock()
 
-    def start(self, trace: Trace, policies: list[str], budgets: list[str], when: str | None) -> Job:
-        """Start a replay in the background.
+    def start(
+        self,
+        trace: Trace,
+        policies: list[str],
+        budgets: list[str],
+        when: str | None,
+        requests: list[int] | None = None,
+    ) -> Job:
+        """Start a replay in the background, of all requests where none are named.
 
         Raises
         ------
@@ -75,7 +82,7 @@ class ReplayJobs:
             self._jobs[job.id] = job
             for old in list(self._jobs)[:-MAX_KEPT_JOBS]:
                 del self._jobs[old]
-        arguments = (job, trace, policies, budgets, when)
+        arguments = (job, trace, policies, budgets, when, requests)
         threading.Thread(target=_run, args=arguments, daemon=True, name=f"replay-{job.id}").start()
         return job
 
@@ -87,7 +94,14 @@ class ReplayJobs:
         return job
 
 
-def _run(job: Job, trace: Trace, policies: list[str], budgets: list[str], when: str | None) -> None:
+def _run(
+    job: Job,
+    trace: Trace,
+    policies: list[str],
+    budgets: list[str],
+    when: str | None,
+    requests: list[int] | None,
+) -> None:
     def progress(share: float) -> None:
         job.share = share
 
@@ -95,7 +109,14 @@ def _run(job: Job, trace: Trace, policies: list[str], budgets: list[str], when: 
         # Imported here because it pulls in numba, which takes a second the first time.
         from kvtrace_viewer.replay import replay
 
-        results = replay(trace, policies=policies, budgets=budgets, when=when, progress=progress)
+        results = replay(
+            trace,
+            policies=policies,
+            budgets=budgets,
+            when=when,
+            requests=requests,
+            progress=progress,
+        )
         job.results = [result.id for result in results]
         job.state = "done"
     except KvtraceError as error:

@@ -75,7 +75,7 @@ def router(context: Context) -> APIRouter:
                 f"no query {row} in request {request}; it has {source.num_tokens} tokens, "
                 "counted from 0"
             )
-        weights = source.block(np.array([row], np.int64), 0, source.num_tokens)[0]
+        weights = source.block(np.array([row], np.int64), 0, source.num_keys)[0]
         return _binary(np.nan_to_num(weights).tobytes())
 
     @routes.get("/marks")
@@ -115,9 +115,9 @@ class Window:
     def __init__(
         self, source: HeadMap, row_start: int, row_stop: int, key_start: int, key_stop: int
     ) -> None:
-        total = source.num_tokens
-        self.rows = np.arange(min(row_start, total), min(row_stop, total), dtype=np.int64)
-        self.keys = np.arange(min(key_start, total), min(key_stop, total), dtype=np.int64)
+        rows, keys = source.num_tokens, source.num_keys
+        self.rows = np.arange(min(row_start, rows), min(row_stop, rows), dtype=np.int64)
+        self.keys = np.arange(min(key_start, keys), min(key_stop, keys), dtype=np.int64)
 
     @property
     def size(self) -> int:
@@ -150,17 +150,19 @@ def csv_rows(
 ) -> Iterator[list[Any]]:
     """Long form: query, its text, key, its text, weight; pairs that are not visible left out."""
     texts = token_texts(trace, request)
+    key_texts = token_texts(trace, trace.key_request(layer, request))
     weights = _weights(trace, request, layer, head, window)
-    spec = next(spec for spec in trace.layers if spec.layer == layer)
+    spec = next(spec for spec in trace.layers_of(request) if spec.layer == layer)
     yield ["query", "query_text", "key", "key_text", "weight"]
     for row, column in np.argwhere(attention.visible(window.rows, window.keys, spec)):
         query, key = window.rows[row], window.keys[column]
-        yield [query, texts[query], key, texts[key], f"{weights[row, column]:.9g}"]
+        yield [query, texts[query], key, key_texts[key], f"{weights[row, column]:.9g}"]
 
 
 def to_npz(trace: Trace, request: int, layer: int, head: int, window: Window) -> bytes:
     """Arrays weights [row, key] float32, rows, keys (positions) and their token texts."""
     texts = np.array(token_texts(trace, request))
+    key_texts = np.array(token_texts(trace, trace.key_request(layer, request)))
     out = io.BytesIO()
     np.savez_compressed(
         out,
@@ -168,7 +170,7 @@ def to_npz(trace: Trace, request: int, layer: int, head: int, window: Window) ->
         rows=window.rows,
         keys=window.keys,
         row_text=texts[window.rows],
-        key_text=texts[window.keys],
+        key_text=key_texts[window.keys],
     )
     return out.getvalue()
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from pydantic import BaseModel
 
+from kvtrace.cached import cached_layers, cached_requests, not_together
 from kvtrace.errors import InputError
 from kvtrace.trace import Trace
 from kvtrace_viewer.api.downloads import csv_response
@@ -23,6 +24,7 @@ class ReplayOrder(BaseModel):
     policies: list[str]
     budgets: list[str]
     when: str | None = None
+    request: int | None = None
 
 
 def router(context: Context) -> APIRouter:
@@ -37,7 +39,7 @@ def router(context: Context) -> APIRouter:
     def evicted(trace: str, replay: str, layer: int, kv_head: int, request: int = 0) -> Response:
         """Int32 by position: the query position after which each key was evicted, -1 = never."""
         opened = context.library.open(trace)
-        check_kv_head(opened, layer, kv_head)
+        check_kv_head(opened, request, layer, kv_head)
         column = evicted_at(opened, replay, layer, kv_head, request)
         return Response(
             column.astype("<i4").tobytes(),
@@ -49,7 +51,7 @@ def router(context: Context) -> APIRouter:
     def sinks(trace: str, layer: int, kv_head: int, request: int = 0) -> list[int]:
         """Positions that are a sink in any query head that reads this KV head."""
         opened = context.library.open(trace)
-        check_kv_head(opened, layer, kv_head)
+        check_kv_head(opened, request, layer, kv_head)
         return sink_positions(context, opened, request, layer, kv_head)
 
     @routes.get("/mass")
@@ -74,7 +76,9 @@ def router(context: Context) -> APIRouter:
     @routes.post("/replays")
     def run(order: ReplayOrder) -> dict[str, Any]:
         trace = context.library.open(order.trace)
-        return context.jobs.start(trace, order.policies, order.budgets, order.when).to_json()
+        requests = None if order.request is None else _together_with(trace, order.request)
+        job = context.jobs.start(trace, order.policies, order.budgets, order.when, requests)
+        return job.to_json()
 
     @routes.get("/jobs/{job_id}")
     def job(job_id: int) -> dict[str, Any]:
@@ -94,9 +98,14 @@ def mass_rows(found: dict[str, dict[str, Any]]) -> list[list[Any]]:
     return rows
 
 
-def check_kv_head(trace: Trace, layer: int, kv_head: int) -> None:
-    """Refuse a layer or KV head that the trace lacks."""
-    heads = {spec.layer: spec.num_kv_heads for spec in trace.layers}
+def _together_with(trace: Trace, request: int) -> list[int] | None:
+    """What is replayed for the request that is shown: all, or it alone where some cannot be."""
+    return [request] if not_together(trace, cached_requests(trace)) else None
+
+
+def check_kv_head(trace: Trace, request: int, layer: int, kv_head: int) -> None:
+    """Refuse a layer or KV head that the request lacks."""
+    heads = {spec.layer: spec.num_kv_heads for spec in cached_layers(trace, [request])}
     if not 0 <= kv_head < heads.get(layer, 0):
         raise InputError(
             f"no KV head {kv_head} in layer {layer}; the trace has layers 0 to {len(heads) - 1} "
@@ -110,7 +119,7 @@ def sink_positions(
     """Find the sinks of a KV head; none where the trace holds no queries to tell by."""
     if not {"q", "k", "lse"} <= trace.signals:
         return []
-    group = next(spec.group_size for spec in trace.layers if spec.layer == layer)
+    group = next(s.group_size for s in trace.layers_of(request) if s.layer == layer)
     heads = range(kv_head * group, (kv_head + 1) * group)
     found = {
         mark.position

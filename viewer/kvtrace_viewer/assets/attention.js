@@ -78,12 +78,13 @@ window.kv = window.kv || {};
             : "", "info");
         try {
             const tokens = await tokensOf(config.trace, request);
+            const keyTokens = await tokensOf(config.trace, String(layer.keys_of));
             if (!here(visit, query)) return;
             /* First the address's window, then the one at hand, all of it for another request. */
             const view = visit.viewed === undefined ? viewOf(config.view)
                 : visit.viewed === request ? undefined : null;
             visit.viewed = request;
-            visit.map.show(query, info.tokens, tokens, layer.causal, view);
+            visit.map.show(query, tokens, keyTokens, layer.causal, view);
             readLast(visit, query, info);
             const marks = await kv.json("marks", chosen);
             if (!here(visit, query)) return;
@@ -126,9 +127,12 @@ window.kv = window.kv || {};
             ? "one pair a cell"
             : `${2 ** level} × ${2 ** level} pairs a cell, ${page.shown.pool} shown`;
         const sampled = 2 ** level > 16 ? `, 16 of ${2 ** level} queries read` : "";
-        const to = (from) => kv.count(Math.min(page.map.numTokens, Math.ceil(from + span)) - 1);
+        const to = (from, count) => kv.count(Math.min(count, Math.ceil(from + span)) - 1);
+        const { query, layer } = page.shown;
+        const whose = String(layer.keys_of) === query.request ? "" : ` of request ${layer.keys_of} (cross attention)`;
         kv.byId("attention-caption").textContent =
-            `queries ${kv.count(Math.floor(y))} to ${to(y)}, keys ${kv.count(Math.floor(x))} to ${to(x)}` +
+            `queries ${kv.count(Math.floor(y))} to ${to(y, page.map.tokens.length)}, ` +
+            `keys ${kv.count(Math.floor(x))} to ${to(x, page.map.keyTokens.length)}${whose}` +
             ` · ${cell}${sampled}`;
         page.canvas.dataset.busy = String(busy);
     }
@@ -196,18 +200,19 @@ window.kv = window.kv || {};
     /* Keys that a query sees, and whether this one is among them. */
     function seen(row) {
         const { causal, window: width } = page.shown.layer;
-        return causal ? Math.min(row + 1, width || Infinity) : page.map.numTokens;
+        return causal ? Math.min(row + 1, width || Infinity) : page.map.keyTokens.length;
     }
     const hidden = (pair) => page.shown.layer.causal &&
         (pair.key > pair.row || pair.key <= pair.row - seen(pair.row));
     const tokenAt = (position) => kv.showToken(page.map.tokens[position]);
+    const keyAt = (position) => kv.showToken(page.map.keyTokens[position]);
 
     function tip(pair, at) {
         const box = kv.byId("attention-tip");
         box.replaceChildren(
             kv.element("span", "kv-tip-token", tokenAt(pair.row)),
             kv.element("span", "kv-tip-arrow", "reads"),
-            kv.element("span", "kv-tip-token", tokenAt(pair.key)),
+            kv.element("span", "kv-tip-token", keyAt(pair.key)),
             kv.element("strong", "", hidden(pair) ? "not visible" : kv.weight(pair.weight)),
         );
         kv.placeTip(box, at.px, at.py);
@@ -229,12 +234,12 @@ window.kv = window.kv || {};
             value.append(...values);
             list.append(value);
         };
-        const token = (position) => [
-            kv.element("code", "", tokenAt(position)),
+        const token = (text, position) => [
+            kv.element("code", "", text),
             kv.element("span", "kv-position", kv.count(position)),
         ];
-        line("Query", ...token(pair.row));
-        line("Key", ...token(pair.key));
+        line("Query", ...token(tokenAt(pair.row), pair.row));
+        line("Key", ...token(keyAt(pair.key), pair.key));
         line("Weight", kv.element("strong", "", hidden(pair) ? "not visible" : kv.weight(pair.weight)));
         if (!hidden(pair)) line("Uniform", `${(pair.weight * seen(pair.row)).toFixed(2)}× as much`);
         box.replaceChildren(list, kv.element("h3", "", "Strongest keys of this query"), strongest(pair),
@@ -251,7 +256,7 @@ window.kv = window.kv || {};
             const item = kv.element("li", key === pair.key ? "kv-chosen" : "");
             const bar = kv.element("span", "kv-bar");
             bar.style.width = `${100 * pair.weights[key]}%`;
-            item.append(bar, kv.element("code", "", tokenAt(key)),
+            item.append(bar, kv.element("code", "", keyAt(key)),
                 kv.element("span", "kv-position", kv.count(key)),
                 kv.element("span", "kv-value", kv.weight(pair.weights[key])));
             list.append(item);
@@ -280,7 +285,7 @@ window.kv = window.kv || {};
                 ? `mean ${mark.strength.toFixed(3)}`
                 : `${mark.strength.toFixed(1)}× uniform`;
             row.append(kv.element("span", "kv-glyph", mark.kind === "sink" ? "▲" : "◆"),
-                kv.element("code", "", tokenAt(mark.position)),
+                kv.element("code", "", keyAt(mark.position)),
                 kv.element("span", "kv-position", kv.count(mark.position)),
                 kv.element("span", "kv-value", words));
             row.addEventListener("click", () => page.map.goToKey(mark.position));

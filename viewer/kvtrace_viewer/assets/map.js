@@ -22,6 +22,8 @@ window.kv = window.kv || {};
             this.marks = [];
             this.markAt = new Map();
             this.tokens = [];
+            this.keyTokens = [];
+            this.numTokens = 0;
             this.pool = "max";
             this.hover = null;
             this.bind();
@@ -29,7 +31,7 @@ window.kv = window.kv || {};
         }
 
         /* Show a head; `view` null means all of it, undefined what is shown now. */
-        show(query, numTokens, tokens, causal, view) {
+        show(query, tokens, keyTokens, causal, view) {
             if (this.store) this.store.close();
             this.store = new kv.TileStore(
                 query,
@@ -37,10 +39,14 @@ window.kv = window.kv || {};
                 (error) => this.listen.failed(error),
             );
             this.scale = query.scale;
+            /* The map is square; where keys are another request's, one side of it is empty. */
+            const numTokens = Math.max(tokens.length, keyTokens.length);
+            const sameSize = numTokens === this.numTokens;
             this.numTokens = numTokens;
             this.tokens = tokens;
+            this.keyTokens = keyTokens;
             this.causal = causal;
-            this.setView(view === undefined ? this.view : view || this.whole());
+            this.setView(view === undefined && sameSize ? this.view : view || this.whole());
         }
 
         whole() {
@@ -108,9 +114,12 @@ window.kv = window.kv || {};
             const py = event.clientY - box.top - top;
             if (px < 0 || py < 0 || px >= side || py >= side) return null;
             const { x, y, span } = this.view;
+            const row = y + (py / side) * span;
+            const key = x + (px / side) * span;
+            if (row >= this.tokens.length || key >= this.keyTokens.length) return null;
             return {
-                key: Math.min(x + (px / side) * span, this.numTokens - 1e-6),
-                row: Math.min(y + (py / side) * span, this.numTokens - 1e-6),
+                key,
+                row,
                 px: px + left,
                 py: py + top,
             };
@@ -264,12 +273,12 @@ window.kv = window.kv || {};
             context.font = `${size}px ${kv.monospace}`;
             context.textBaseline = "middle";
             context.textAlign = "right";
-            for (let at = Math.floor(y); at < Math.min(y + span, this.numTokens); at += 1) {
+            for (let at = Math.floor(y); at < Math.min(y + span, this.tokens.length); at += 1) {
                 const py = box.top + (at + 0.5 - y) * cell;
                 if (py < box.top || py > bottom) continue;
                 this.drawToken(context, at, box.left - 6, py, 0);
             }
-            for (let at = Math.floor(x); at < Math.min(x + span, this.numTokens); at += 1) {
+            for (let at = Math.floor(x); at < Math.min(x + span, this.keyTokens.length); at += 1) {
                 const px = box.left + (at + 0.5 - x) * cell;
                 if (px < box.left || px > box.left + box.side) continue;
                 this.drawToken(context, at, px, bottom + MARK_STRIP + 4, -Math.PI / 2);
@@ -279,7 +288,7 @@ window.kv = window.kv || {};
         drawToken(context, at, x, y, turn) {
             const mark = this.markAt.get(at);
             context.fillStyle = kv.token(turn && mark ? mark : "text");
-            const word = kv.showToken(this.tokens[at]);
+            const word = kv.showToken((turn ? this.keyTokens : this.tokens)[at]);
             const most = 8;
             const shown = word.length > most ? `${word.slice(0, most - 1)}…` : word;
             context.save();

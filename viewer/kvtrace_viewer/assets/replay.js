@@ -276,6 +276,7 @@ window.kv = window.kv || {};
             const job = await follow(await kv.post("replays", {
                 trace: page.config.trace, policies: form.policies, budgets: form.budgets,
                 when: form.when === "default" ? null : form.when,
+                request: Number(page.asked.request),
             }));
             await finished(job.results);
         } catch (error) {

@@ -12,9 +12,10 @@ Weights = NDArray[np.float32]
 
 
 class WeightSource(Protocol):
-    """One head's attention map, any part of it on demand."""
+    """One head's attention map, any part of it on demand: [num_tokens, num_keys]."""
 
     num_tokens: int
+    num_keys: int
 
     def visible_stop(self, last_row: int) -> int:
         """One past the last key that queries up to `last_row` can see."""

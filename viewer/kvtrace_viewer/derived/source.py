@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvtrace import attention
 from kvtrace.errors import InputError
-from kvtrace.model import LayerData
+from kvtrace.model import LayerData, number_text
 from kvtrace.trace import Trace
 from kvtrace_viewer.derived.cache import BytesCache
 from kvtrace_viewer.derived.identity import identity
@@ -38,16 +38,18 @@ class HeadMap:
         self._q = layer.q[:, head]
         self._k = layer.k[:, head // layer.spec.group_size]
         self._lse = layer.lse[:, head]
-        self.num_tokens = layer.n
+        self.num_tokens = len(self._q)
+        #: As many, but in a cross layer those of the encoder.
+        self.num_keys = len(self._k)
+        self._both_ways = layer.spec.attention_kind in ("bidirectional", "cross")
 
     def visible_stop(self, last_row: int) -> int:
         """One past the last key that queries up to `last_row` can see."""
-        bidirectional = self._spec.attention_kind == "bidirectional"
-        return self.num_tokens if bidirectional else last_row + 1
+        return self.num_keys if self._both_ways else last_row + 1
 
     def _sees_all(self, rows: NDArray[np.int64], key_stop: int) -> bool:
         """Tell at a glance whether every query sees every key, as below the diagonal."""
-        if self._spec.attention_kind == "bidirectional":
+        if self._both_ways:
             return True
         return self._spec.sliding_window is None and key_stop - 1 <= int(rows[0])
 
@@ -82,12 +84,12 @@ class LayerCache:
         InputError
             For a layer or head the trace lacks, or a trace without queries.
         """
-        check_head(trace, layer, head)
+        check_head(trace, request, layer, head)
         return HeadMap(self._layer(trace, request, layer), head)
 
     def head_maps(self, trace: Trace, request: int, layer: int) -> list[HeadMap]:
         """Give the maps of all query heads of a layer; raises as `head_map` does."""
-        check_head(trace, layer, 0)
+        check_head(trace, request, layer, 0)
         data = self._layer(trace, request, layer)
         return [HeadMap(data, head) for head in range(data.spec.num_q_heads)]
 
@@ -96,11 +98,11 @@ class LayerCache:
         return self._layers.get(key, lambda: _without_values(trace.layer_data(layer, request)))
 
 
-def check_head(trace: Trace, layer: int, head: int) -> None:
-    """Refuse a layer or query head that the trace lacks."""
-    heads = {spec.layer: spec.num_q_heads for spec in trace.layers}
+def check_head(trace: Trace, request: int, layer: int, head: int) -> None:
+    """Refuse a layer or query head that the request lacks."""
+    heads = {spec.layer: spec.num_q_heads for spec in trace.layers_of(request)}
     if layer not in heads:
-        raise InputError(f"no layer {layer}; the trace has {len(heads)}, counted from 0")
+        raise InputError(f"no layer {layer}; the request has {number_text(sorted(heads))}")
     if not 0 <= head < heads[layer]:
         raise InputError(
             f"no query head {head} in layer {layer}; it has {heads[layer]}, counted from 0"

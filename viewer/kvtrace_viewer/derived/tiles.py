@@ -27,15 +27,18 @@ def tile(source: WeightSource, level: int, tile_row: int, tile_column: int, scal
     cell = 1 << level
     offsets = np.arange(TILE_CELLS + 1, dtype=np.int64) * cell
     rows = np.minimum(tile_row * span + offsets, source.num_tokens)
-    keys = np.minimum(tile_column * span + offsets, source.num_tokens)
+    keys = np.minimum(tile_column * span + offsets, source.num_keys)
     return _planes(pool(source, rows, keys, TILE_ROWS_PER_CELL), scale)
 
 
 def thumbnail(source: WeightSource, scale: str) -> bytes:
     """Compute a head's thumbnail: two planes of cells x cells, as `thumb_cells` says how many."""
     cells = thumb_cells(source.num_tokens)
-    edges = np.linspace(0, source.num_tokens, cells + 1).astype(np.int64)
-    return _planes(pool(source, edges, edges, THUMB_ROWS_PER_CELL), scale)
+    rows, keys = (
+        np.linspace(0, count, cells + 1).astype(np.int64)
+        for count in (source.num_tokens, source.num_keys)
+    )
+    return _planes(pool(source, rows, keys, THUMB_ROWS_PER_CELL), scale)
 
 
 def thumb_cells(num_tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import dash
 import dash_mantine_components as dmc
 from dash import Input, Output, dcc, html
 
+from kvtrace.model import Request
 from kvtrace.trace import Trace
 from kvtrace_viewer.components import (
     Component,
@@ -26,7 +28,6 @@ from kvtrace_viewer.derived.marks import HEAVY_FACTOR, SINK_DISTANCE, SINK_SHARE
 from kvtrace_viewer.derived.tiles import rows_read_per_thumb_cell, thumb_cells
 from kvtrace_viewer.pages.common import (
     choose_request,
-    layers_of,
     number_options,
     one_of,
     request_options,
@@ -82,8 +83,10 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
             f"{trace.name} was recorded without queries and keys, from which maps are computed.",
             "kvtrace record --detail qkv --out run.kvtrace -- script.py",
         )
-    request = choose_request(trace, query.get("request"))
-    layers = layers_of(trace, request)
+    requests = trace.requests()
+    lengths = {one.request: one.tokens for one in requests}
+    request = choose_request(requests, query.get("request"))
+    layers = trace.layers_of(request.request)
     num_heads = max((layer.num_q_heads for layer in layers), default=0)
     config = {
         "trace": trace_id,
@@ -98,20 +101,24 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
                         "layer": layer.layer,
                         "heads": layer.num_q_heads,
                         "kv_heads": layer.num_kv_heads,
-                        "causal": layer.attention_kind != "bidirectional",
+                        "causal": layer.attention_kind in ("full", "sliding"),
                         "window": layer.sliding_window,
+                        # Whose tokens the keys are: in cross attention the encoder's.
+                        "keys_of": trace.key_request(layer.layer, one.request),
+                        "keys": lengths[trace.key_request(layer.layer, one.request)],
+                        "name": layer.name,
                     }
-                    for layer in layers_of(trace, one)
+                    for layer in trace.layers_of(one.request)
                 ],
             }
-            for one in trace.requests()
+            for one in requests
         },
         "view": {name: query.get(name) for name in ("x", "y", "span")},
     }
     layer_index = within(query.get("layer"), len(layers))
     head = within(query.get("head"), num_heads)
     return [
-        toolbar(trace, str(request.request), len(layers), num_heads, layer_index, head, query),
+        toolbar(requests, str(request.request), len(layers), num_heads, layer_index, head, query),
         status_line("attention-status"),
         html.Div([heads(), map_panel(), pointer()], className="kv-attention"),
         dcc.Store(id="attention-config", data=config),
@@ -119,7 +126,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
 
 
 def toolbar(
-    trace: Trace,
+    requests: Sequence[Request],
     request: str,
     num_layers: int,
     num_heads: int,
@@ -134,7 +141,7 @@ def toolbar(
         [
             field(
                 "Request",
-                select("attention-request", request_options(trace), request, 190, "Request"),
+                select("attention-request", request_options(requests), request, 190, "Request"),
             ),
             field(
                 "Layer",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvtrace.errors import KvtraceError
-from kvtrace.model import Layer, Request
+from kvtrace.model import Request
 from kvtrace.trace import Trace
 from kvtrace_viewer.components import Component, empty_state
 from kvtrace_viewer.context import Context
@@ -60,28 +60,22 @@ def no_traces(library: TraceLibrary) -> Component:
     )
 
 
-def choose_request(trace: Trace, asked: str | None) -> Request:
+def choose_request(requests: Sequence[Request], asked: str | None) -> Request:
     """The request the URL asks for, else the longest."""
-    requests = trace.requests()
     by_id = {str(request.request): request for request in requests}
     longest = max(requests, key=lambda request: request.tokens)
     return by_id.get(asked or "", longest)
 
 
-def request_options(trace: Trace) -> list[dict[str, str]]:
+def request_options(requests: Sequence[Request]) -> list[dict[str, str]]:
     """Requests for a drop-down, with their lengths."""
     return [
         {
             "value": str(request.request),
             "label": f"{request.external_id or request.request} · {request.tokens:,} tokens",
         }
-        for request in trace.requests()
+        for request in requests
     ]
-
-
-def layers_of(trace: Trace, request: Request) -> list[Layer]:
-    """Layers of the model that ran a request."""
-    return [layer for layer in trace.layers if layer.model == request.model]
 
 
 def number_options(count: int) -> list[str]:

@@ -11,6 +11,7 @@ import dash_ag_grid as dag
 import dash_mantine_components as dmc
 from dash import Input, Output, dcc, html
 
+from kvtrace.cached import cached_layers, cached_requests
 from kvtrace.trace import Trace
 from kvtrace_viewer.components import (
     Component,
@@ -30,7 +31,6 @@ from kvtrace_viewer.figures.retained_mass import retained_mass
 from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
 from kvtrace_viewer.pages.common import (
     choose_request,
-    layers_of,
     number_options,
     one_of,
     request_options,
@@ -111,8 +111,11 @@ def layout(context: Context, trace: str | None = None, **query: str) -> Componen
 
 def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     """Build the page of a trace that has tokens."""
-    request = choose_request(trace, query.get("request"))
-    layers = layers_of(trace, request)
+    replayed = set(cached_requests(trace))
+    requests = [one for one in trace.requests() if one.request in replayed]
+    request = choose_request(requests, query.get("request"))
+    layers = cached_layers(trace, [request.request])
+    numbers = tuple(str(layer.layer) for layer in layers) or ("0",)
     num_heads = max((layer.num_kv_heads for layer in layers), default=0)
     rows = in_order(replay_rows(trace))
     chosen = chosen_replays(rows, query.get("replays"))
@@ -121,7 +124,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
         "labels": {row["replay"]: row for row in rows},
         "requests": {
             str(one.request): {"tokens": one.tokens, "prompt_tokens": one.prompt_tokens}
-            for one in trace.requests()
+            for one in requests
         },
         "time": query.get("t"),
     }
@@ -133,7 +136,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
                     "Request",
                     select(
                         "replay-request",
-                        request_options(trace),
+                        request_options(requests),
                         str(request.request),
                         190,
                         "Request",
@@ -143,8 +146,8 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
                     "Layer",
                     select(
                         "replay-layer",
-                        number_options(len(layers)),
-                        str(within(query.get("layer"), len(layers))),
+                        list(numbers),
+                        one_of(query.get("layer"), numbers, numbers[0]),
                         76,
                         "Layer",
                     ),

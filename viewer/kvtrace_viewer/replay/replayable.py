@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvtrace.cached import cached_layers, cached_requests, not_together
 from kvtrace.errors import InputError
 from kvtrace.holdings import Holdings
-from kvtrace.model import number_text
+from kvtrace.model import Layer, number_text
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.policies import POLICIES
 from kvtrace_viewer.replay.policy import Policy
@@ -28,15 +29,22 @@ def replayable(trace: Trace) -> list[dict[str, str]]:
     and no; `exactness` as the policy decides in its paper, or `no`; and `reason`. A policy that
     cannot be replayed at its own rhythm but right after the prompt says so.
     """
-    held = [trace.holdings(one.request) for one in trace.requests()]
-    return [_row(trace, held, name, kind()) for name, kind in POLICIES.items()]
+    numbers = cached_requests(trace)
+    held, layers = [trace.holdings(n) for n in numbers], cached_layers(trace, numbers)
+    apart = not_together(trace, numbers)
+    found = [_row(layers, held, name, kind()) for name, kind in POLICIES.items()]
+    for row in found if apart else ():
+        row["reason"] += f"; one request at a time: {apart}"
+    return found
 
 
-def _row(trace: Trace, held: Sequence[Holdings], name: str, policy: Policy) -> dict[str, str]:
+def _row(
+    layers: Sequence[Layer], held: Sequence[Holdings], name: str, policy: Policy
+) -> dict[str, str]:
     problem = None
     for rhythm in dict.fromkeys((policy.default_when, "prefill")):
         when = parse_when(rhythm)
-        found = obstacle(trace, held, policy, when)
+        found = obstacle(layers, held, policy, when)
         if found is None:
             exactness = policy.exactness(when)
             reason = WHY[exactness] + (f", with --when {when} ({problem})" if problem else "")
@@ -51,13 +59,14 @@ def _as_row(policy: str, replay: str, exactness: str, reason: str) -> dict[str, 
     return {"policy": policy, "replay": replay, "exactness": exactness, "reason": reason}
 
 
-def obstacle(trace: Trace, held: Sequence[Holdings], policy: Policy, when: When) -> str | None:
+def obstacle(
+    layers: Sequence[Layer], held: Sequence[Holdings], policy: Policy, when: When
+) -> str | None:
     """Why `policy` cannot be replayed on the requests that `held` describes; None where it can.
 
     Keys are needed whatever decides, in every replayed layer, and the queries of all rows that
     are measured: those after the first cut.
     """
-    layers = trace.layers
     if any(layer.attention_kind == "bidirectional" for layer in layers):
         return "attention runs both ways, so there is no KV cache to evict from"
     kept = {kind for layer in layers_held(held) for kind in held[0].layers[layer]} if held else ()
@@ -119,9 +128,14 @@ def check(trace: Trace, requests: Sequence[int], policies: Sequence[tuple[Policy
         raise InputError(
             f"{trace.path} holds no tokens; a replay needs at least one; record a run first"
         )
-    held = [trace.holdings(request) for request in requests]
+    if apart := not_together(trace, requests):
+        raise InputError(
+            f"requests {number_text(sorted(requests))} of {trace.path} cannot be replayed together:"
+            f" {apart}; one was expected; choose it with --request N"
+        )
+    held, layers = [trace.holdings(n) for n in requests], cached_layers(trace, requests)
     for policy, when in policies:
-        problem = obstacle(trace, held, policy, when)
+        problem = obstacle(layers, held, policy, when)
         if problem:
             raise InputError(
                 f"{policy.name} cannot be replayed on {trace.path} with --when {when}: {problem}; "
@@ -130,9 +144,16 @@ def check(trace: Trace, requests: Sequence[int], policies: Sequence[tuple[Policy
             )
 
 
-def left_out(trace: Trace, held: Sequence[Holdings]) -> str | None:
-    """Which layers a replay leaves out, and why; None where none."""
-    missing = sorted({layer.layer for layer in trace.layers} - set(layers_held(held)))
-    if not missing:
-        return None
-    return f"layers {number_text(missing)} are left out: the trace does not hold all their keys"
+def left_out(trace: Trace, requests: Sequence[int]) -> list[str]:
+    """Which layers a replay of some requests leaves out, and why."""
+    held = layers_held([trace.holdings(request) for request in requests])
+    missing = sorted({s.layer for s in cached_layers(trace, requests)} - set(held))
+    cross = {s.layer for r in requests for s in trace.layers_of(r) if s.is_cross}
+    found = []
+    if missing:
+        text = number_text(missing)
+        found.append(f"layers {text} are left out: the trace does not hold all their keys")
+    if cross:
+        text = number_text(sorted(cross))
+        found.append(f"layers {text} are left out: cross attention, whose cache does not grow")
+    return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtrace.cached import cached_layers, cached_requests
 from kvtrace.errors import InputError
 from kvtrace.holdings import Holdings
 from kvtrace.model import LayerData, Request
@@ -68,7 +69,7 @@ def replay(
     when : str, optional
         prefill, step, every=N or stream; what each policy's paper does where left out.
     requests : sequence of int, optional
-        All where left out.
+        All where left out, of encoder-decoders those of the decoder.
     store : bool
         Keep each result under the trace's `replays/`.
     progress : callable, optional
@@ -135,7 +136,7 @@ def _requests(trace: Trace, numbers: Sequence[int] | None) -> list[Request]:
                 f"request {number} was not found in {trace.path}; it has "
                 f"{', '.join(map(str, list(known)[:8]))}; choose one of them"
             )
-    return [known[n] for n in dict.fromkeys(numbers)] if numbers else list(known.values())
+    return [known[n] for n in dict.fromkeys(numbers or cached_requests(trace))]
 
 
 def _runs(pairs: list[Pair]) -> list[Run]:
@@ -169,7 +170,7 @@ class _Work:
         self.layers = layers_held(list(self.held.values()))
         self.kv_heads = {
             layer.layer: layer.kv_head_numbers
-            for layer in self.trace.layers
+            for layer in cached_layers(self.trace, list(self.held))
             if layer.layer in self.layers
         }
         heads = 1 + max(max(numbers) for numbers in self.kv_heads.values())
@@ -183,7 +184,7 @@ class _Work:
         steps = StepTotals.zeros(len(self.pairs), len(rows))
         self.steps[request.request] = steps
         held = self.held[request.request]
-        of_model = [layer.layer for layer in self.trace.layers if layer.model == request.model]
+        of_model = [layer.layer for layer in cached_layers(self.trace, [request.request])]
         layers = [layer for layer in of_model if layer in self.layers]
 
         def passed(count: int) -> None:
@@ -253,12 +254,12 @@ class _Work:
 
     def _chosen(self) -> str:
         """What sets a replay of some requests apart from one of all."""
-        if len(self.replayed) == len(self.trace.requests()):
+        if set(self.replayed) == set(cached_requests(self.trace)):
             return ""
         return "-request=" + ".".join(map(str, self.replayed))
 
     def _notes(self, pair: Pair) -> tuple[str, ...]:
-        found = [note for note in (left_out(self.trace, list(self.held.values())),) if note]
+        found = left_out(self.trace, list(self.held))
         missing = sum(int((~held.queries).sum()) for held in self.held.values())
         if missing:
             found.append(

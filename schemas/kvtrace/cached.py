@@ -1,0 +1,45 @@
+"""Requests and layers with a KV cache that grows: what can be replayed, and what together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvtrace.model import Layer
+from kvtrace.trace import Trace
+
+
+def cached_requests(trace: Trace) -> list[int]:
+    """Requests in order, but of encoder-decoders those of the decoder alone."""
+    requests = trace.requests()
+    paired = {one.model for one in requests if one.encoder_request is not None}
+    return [
+        one.request
+        for one in requests
+        if one.encoder_request is not None or one.model not in paired
+    ]
+
+
+def cached_layers(trace: Trace, requests: Sequence[int]) -> list[Layer]:
+    """Layers of some requests that gain keys with every token: all but cross attention."""
+    found = {
+        (spec.model, spec.layer): spec
+        for request in requests
+        for spec in trace.layers_of(request)
+        if not spec.is_cross
+    }
+    return [found[key] for key in sorted(found)]
+
+
+def not_together(trace: Trace, requests: Sequence[int]) -> str | None:
+    """Why some requests cannot be replayed into one result; None where they can."""
+    models = {one.request: one.model for one in trace.requests()}
+    if len({models[request] for request in requests}) > 1:
+        return "they are of several models, whose layers have the same numbers"
+    if not trace.table("forks").num_rows or not requests:
+        return None
+    rows = np.concatenate([trace.request_rows(request) for request in requests])
+    if len(np.unique(rows)) < len(rows):
+        return "some share rows, and a result says of each row once when it was evicted"
+    return None
