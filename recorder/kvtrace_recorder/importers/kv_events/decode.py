@@ -1,8 +1,8 @@
 """KV-event messages as vLLM, SGLang and their like put them on the wire, turned into dataclasses.
 
 A message is `[ts, [event, ...], data_parallel_rank]`, or the same as a map. An event is a map with
-its name under `type` (vLLM since 0.24) or an array with its name first (vLLM before, SGLang). The
-fields behind the first four came one by one over the versions, always at the end.
+its name under `type` (vLLM since 0.24, SGLang today) or an array with its name first (both before).
+The fields behind the first four came one by one over the versions, always at the end.
 """
 
 from __future__ import annotations
