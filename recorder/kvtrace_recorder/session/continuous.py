@@ -23,9 +23,10 @@ from kvtrace_recorder.session.step import ActiveStep
 if TYPE_CHECKING:
     from kvtrace_recorder.pipeline import Pipeline
 
-CUDA_GRAPH = (
-    "continuous batching replayed a CUDA graph, which runs no Python; record with"
-    " ContinuousBatchingConfig(use_cuda_graph=False), or serve with --no-cb-use-cuda-graph"
+NO_PYTHON = (
+    "continuous batching ran a CUDA graph or compiled code, where no tap is called; record with"
+    " ContinuousBatchingConfig(use_cuda_graph=False) and without compilation, or serve with"
+    " --no-cb-use-cuda-graph"
 )
 
 
@@ -46,6 +47,8 @@ class ContinuousBatches:
         self._local = threading.local()
         self._lock = threading.Lock()
         self._caches: weakref.WeakKeyDictionary[Any, PagedCacheState] = weakref.WeakKeyDictionary()
+        #: Why continuous batching cannot be recorded here; None where it can.
+        self.unseen: str | None = None
 
     @property
     def _pipeline(self) -> Pipeline:
@@ -78,16 +81,24 @@ class ContinuousBatches:
         batch, self._local.batch = self._local.batch, None
         state = self.cache(processor.cache.pool)
         if state.wanted and not self._local.ran:
-            self._lose(state, batch, CUDA_GRAPH)
+            self._lose(state, batch, NO_PYTHON)
 
-    def begin(self, model: ModelState, inputs: dict[str, Any]) -> ActiveStep | None:
-        """The model is given a batch; None where it is none to record."""
+    def begin(
+        self, model: ModelState, inputs: dict[str, Any], flush: Callable[[], None]
+    ) -> ActiveStep | None:
+        """The model is given a batch; None where it is none to record.
+
+        `flush` has the steps before it sent, which may be refused: then no request can begin with
+        their rows.
+        """
         batch, ids = getattr(self._local, "batch", None), inputs["input_ids"]
         self._local.ran = True
         if batch is None or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             # Kernels are warmed up, or a CUDA graph is made of what has just run.
             return None
         state = self.cache(inputs["cache"].pool)
+        if any(state.requests.departs(*_request(state, future)) for future in batch):
+            flush()
         members = self._local.members = self._members(state, batch, ids.shape[1])
         record = StepRecord(
             phase=_phase(batch),
@@ -134,8 +145,8 @@ class ContinuousBatches:
         found = _Members(np.zeros(length, bool))
         start = 0
         for future in batch:
-            count, past = future.query_length, future.state.position_offset - future.query_length
-            request = state.requests.get(future.state.request_id)
+            count = future.query_length
+            request, past = _request(state, future)
             fork = state.requests.resume(request, past)
             if request.lost is None:
                 found.add(request, past, count, prompt_tokens(future.state), start)
@@ -179,6 +190,12 @@ class _Members:
 def is_paged(inputs: dict[str, Any]) -> bool:
     """Whether a model is called by continuous batching."""
     return isinstance(inputs.get("cache"), PagedAttentionCache)
+
+
+def _request(state: PagedCacheState, future: Any) -> tuple[PagedRequest, int]:
+    """A request of a batch, and how many of its tokens are in the cache already."""
+    past = future.state.position_offset - future.query_length
+    return state.requests.get(future.state.request_id), past
 
 
 def prompt_tokens(state: Any) -> int:

@@ -79,6 +79,10 @@ class PagedRequests:
             request.prefix = (source, tokens)
             source.holds += 1
 
+    def departs(self, request: PagedRequest, past: int) -> bool:
+        """Whether a step that follows `past` tokens of a request does not follow its last row."""
+        return request.prefix is not None or past != request.tokens
+
     def resume(self, request: PagedRequest, past: int) -> ForkedRequest | None:
         """A step goes on after `past` tokens of a request; how the trace is to follow, if at all.
 

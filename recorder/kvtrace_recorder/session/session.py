@@ -318,7 +318,13 @@ class Session:
         run.lost = step.entry.lost
 
     def _begin_batch(self, model: ModelState, inputs: dict[str, Any]) -> ActiveStep | None:
-        step = self.batches.begin(model, inputs)
+        if self.batches.unseen is not None:
+            self.note_once(self.batches.unseen)
+            return None
+        if "paged cache" in self.guard.silent:
+            # What the batch holds and where its keys lie is not known any more.
+            return None
+        step = self.batches.begin(model, inputs, self._held.flush_all)
         if step is not None:
             step.record.fault = self.guard.silent.get("attention")
         return step

@@ -27,14 +27,15 @@ def check_packed_mask(step: ActiveStep, call: Call, spec: LayerSpec) -> None:
     UnrecordableError
         Where a token sees another number of keys, or the mask adds a bias.
     """
-    mask = call.mask
+    mask, sequences = call.mask, step.record.sequences
     if step.record.phase == "decode" or not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        return
+    if not sequences:
         return
     seen_before = (id(mask), spec.attention_kind, spec.sliding_window)
     if seen_before in step.checked:
         return
     step.checked.add(seen_before)
-    sequences = step.record.sequences
     tokens = np.flatnonzero(step.real[0])
     rows = tokens[np.cumsum([s.count for s in sequences]) - 1]
     expected = np.array([s.position + s.count for s in sequences])

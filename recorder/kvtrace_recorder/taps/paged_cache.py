@@ -6,13 +6,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
-from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
-from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
-
-from kvtrace_recorder.session.paged_cache import SWAP
 from kvtrace_recorder.session.session import Session
+from kvtrace_recorder.session.versions import library_versions
+from kvtrace_recorder.taps import paged_offload
 from kvtrace_recorder.taps.patch import Patch
 
 NAME = "paged cache"
@@ -22,13 +18,37 @@ Look = Callable[..., Callable[[Any], None]]
 
 
 def patches(session: Session) -> list[Patch]:
-    """The patches of this tap: methods of transformers' batch processor, caches and allocators."""
+    """The patches of this tap: methods of transformers' batch processor, caches and allocators.
+
+    None where this version of transformers has others: without all of them rows could be wrong.
+    """
+    try:
+        looks = _looks()
+        missing = [f"{kind.__name__}.{name}" for kind, name, _ in looks if not hasattr(kind, name)]
+    except ImportError as error:
+        looks, missing = [], [str(error.name)]
+    if missing:
+        version = library_versions().get("transformers")
+        session.batches.unseen = (
+            f"transformers {version} has no {missing[0]}, so its continuous batching is not"
+            " recorded; record with transformers 5.23"
+        )
+        return []
+    return [Patch(owner, name, _maker(session, look)) for owner, name, look in looks]
+
+
+def _looks() -> list[tuple[type, str, Look]]:
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+    from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
+    from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+    from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+
     looks: list[tuple[type, str, Look]] = [
         (PagedAttentionCache, "evict_cached_blocks", _evict),
         (PagedAttentionCache, "reset", _reset),
-        (OffloadingManager, "_offload_to_cpu", _offload),
-        (OffloadingManager, "restore_scheduled_requests", _restore),
-        (OffloadingManager, "free_request_cpu_cache", _free_swapped),
+        (OffloadingManager, "_offload_to_cpu", paged_offload.offload),
+        (OffloadingManager, "restore_scheduled_requests", paged_offload.restore),
+        (OffloadingManager, "free_request_cpu_cache", paged_offload.free),
         (ContinuousBatchProcessor, "_generation_step", _batch),
         (ContinuousBatchProcessor, "update_batch", _settle),
         (ContinuousBatchProcessor, "prepare_next_batch", _settle_idle),
@@ -42,7 +62,7 @@ def patches(session: Session) -> list[Patch]:
     }
     for kind in _family(CacheAllocator):
         looks += [(kind, name, look) for name, look in of_allocators.items() if name in vars(kind)]
-    return [Patch(owner, name, _maker(session, look)) for owner, name, look in looks]
+    return looks
 
 
 def _family(kind: type[Any]) -> Iterator[type[Any]]:
@@ -196,72 +216,6 @@ def _reset(session: Session, cache: Any) -> Callable[[Any], None]:
         state.reset(None, str(cache.device))
 
     return after
-
-
-def _offload(
-    session: Session, manager: Any, victims: Any, victim_block_tables: Any
-) -> Callable[[Any], None]:
-    state = session.batches.cache(manager.cache.pool)
-
-    def after(result: Any) -> None:
-        for victim in victims:
-            request = state.requests.get(victim.request_id)
-            if not result or victim.request_id not in result:
-                # What transformers calls a soft reset.
-                state.reset(request, str(manager.cache.device))
-                continue
-            swapped = manager._request_id_to_cpu_blocks[victim.request_id]
-            for name, blocks in swapped.items():
-                allocator = manager.cache.cache_allocators[name]
-                for index, block in enumerate(blocks):
-                    state.block(allocator, request, block, index, "offload", device=SWAP)
-
-    return after
-
-
-def _restore(session: Session, manager: Any, requests_in_batch: Any) -> Callable[[Any], None]:
-    state = session.batches.cache(manager.cache.pool)
-    swapped = _swapped(manager, [future.state for future in requests_in_batch])
-
-    def after(result: Any) -> None:
-        for request_id, name, blocks in swapped:
-            if request_id in manager._request_id_to_cpu_blocks:
-                continue
-            allocator = manager.cache.cache_allocators[name]
-            request = state.requests.get(request_id)
-            own = _blocks(allocator, request_id)
-            for index, block in enumerate(own[: len(blocks)]):
-                state.block(allocator, request, block, index, "restore")
-            for index, block in enumerate(blocks):
-                state.block(allocator, request, block, index, "free", held=False, device=SWAP)
-
-    return after
-
-
-def _free_swapped(session: Session, manager: Any, state: Any) -> Callable[[Any], None]:
-    known = session.batches.cache(manager.cache.pool)
-    swapped = _swapped(manager, [state])
-
-    def after(result: Any) -> None:
-        for request_id, name, blocks in swapped:
-            if request_id in manager._request_id_to_cpu_blocks:
-                continue
-            allocator = manager.cache.cache_allocators[name]
-            request = known.requests.get(request_id)
-            for index, block in enumerate(blocks):
-                known.block(allocator, request, block, index, "free", held=False, device=SWAP)
-
-    return after
-
-
-def _swapped(manager: Any, states: Any) -> list[tuple[str, str, list[int]]]:
-    """Request, allocator and blocks of what these requests have in the swap pool."""
-    tables = manager._request_id_to_cpu_blocks
-    return [
-        (state.request_id, name, list(blocks))
-        for state in states
-        for name, blocks in tables.get(state.request_id, {}).items()
-    ]
 
 
 def _batch(session: Session, processor: Any, model: Any) -> Callable[[Any], None]:
