@@ -182,7 +182,8 @@ class Scribe:
             arrays["lse"] = self._cross_lse(layer, q, k, shares, number)
         elif q is not None and k is not None:
             arrays["lse"] = self._lse(layer, q, k, shares, positions, number)
-        self._writer.append_layer(model, layer.spec.layer, **arrays)
+        if arrays:
+            self._writer.append_layer(model, layer.spec.layer, **arrays)
 
     def _lse(
         self,

@@ -193,7 +193,8 @@ class TraceWriter:
             for kind in self._kinds:
                 self._declare(kind, group)
             for index, spec in enumerate(specs):
-                self._lanes[model, spec.layer] = _Lane(group, index, self._kinds, spec)
+                if self._kinds:
+                    self._lanes[model, spec.layer] = _Lane(group, index, self._kinds, spec)
                 row = {
                     **asdict(spec),
                     "model": model,

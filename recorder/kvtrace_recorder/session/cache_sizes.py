@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import BaseQuantizedLayer
+from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
 
 from kvtrace_recorder.messages import CacheEvent
 from kvtrace_recorder.session.requests import CacheEntry
@@ -41,11 +42,17 @@ def cache_events(
         keys = getattr(layer, "keys", None)
         if not isinstance(keys, torch.Tensor):
             continue
-        size = layer_size(layer)
         before = entry.sizes.get(number, (0, 0))
+        size: tuple[int, int]
+        if before[0] and change is None and type(layer) is DynamicLayer:
+            # A decode step's: made anew by every update, exactly as large as what it holds.
+            slots = keys.shape[-2]
+            size = before if slots == before[0] else (slots, keys.nbytes + layer.values.nbytes)
+        else:
+            size = layer_size(layer)
         if size != before or change == "reorder":
             event = change or ("grow" if size >= before else "crop")
-            found.append(CacheEvent(now, number, event, *size, str(keys.device)))
+            found.append(CacheEvent(now, number, event, *size, _device_name(keys.device)))
             entry.sizes[number] = size
     return found
 
@@ -67,6 +74,11 @@ def layer_size(layer: Any) -> tuple[int, int]:
         memory = tensor.untyped_storage()
         storages[memory.data_ptr()] = memory.nbytes()
     return int(slots), sum(storages.values())
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return str(device)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -19,6 +19,9 @@ from kvtrace_recorder.session.api_request import api_request
 if TYPE_CHECKING:
     from kvtrace_recorder.session.encoders import EncoderRun
 
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.decode import DecodePlan
+
 Bools = NDArray[np.bool_]
 
 
@@ -96,6 +99,8 @@ class CacheEntry:
         Layer numbers by index in the cache, where they differ.
     encoder : EncoderRun or None
         What their cross attention reads.
+    plan : DecodePlan or None
+        What its next plain decode step looks like.
     """
 
     requests: list[RequestState]
@@ -104,6 +109,7 @@ class CacheEntry:
     lost: str | None = None
     steps: int = 0
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    plan: DecodePlan | None = None
     numbers: Mapping[int, int] = field(default_factory=dict)
     encoder: EncoderRun | None = None
 

@@ -23,6 +23,7 @@ from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.cache_sizes import cache_events, layer_size
 from kvtrace_recorder.session.changes import apply_change
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
+from kvtrace_recorder.session.decode import learn, next_step, settle_plan
 from kvtrace_recorder.session.encoders import NOT_SEEN, EncoderRun, EncoderRuns
 from kvtrace_recorder.session.halves import ENCODER, Halves
 from kvtrace_recorder.session.held import HeldSteps
@@ -104,6 +105,15 @@ class Session:
             return self.wants(module)
         return self.current is None and self.halves.of(module) is not None and self.wants(module)
 
+    @property
+    def attending(self) -> ActiveStep | None:
+        """The step that runs in this thread, where its attention calls are wanted."""
+        found: ActiveStep | None = getattr(self._local, "step", None)
+        # Where only events are kept, the first step says what the layers are.
+        if found is None or not (self._kinds or found.half not in found.model.expected):
+            return None
+        return found
+
     def enter_call(self, step: ActiveStep | None) -> Around:
         """A model runs in this thread from here on; None where it is not recorded."""
         around = (self.is_inside_call, self.current)
@@ -125,6 +135,9 @@ class Session:
     ) -> ActiveStep | None:
         """A model is about to run; None where it is none that can be recorded."""
         self._send_ended()
+        step = self._next_of_run(kwargs) if not args else None
+        if step is not None:
+            return step
         half = self.halves.of(module)
         if half is None and self.halves.learn(module):
             # Its halves are steps.
@@ -158,6 +171,14 @@ class Session:
 
     def attention(self, step: ActiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """An attention layer has run."""
+        plan = step.entry.plan
+        if plan is not None and len(args) == 5 and step.plan is plan:
+            module, q, k, v, _ = args
+            known = plan.layers.get(id(module))
+            taken = None if known is None else known.take(step.past, q, k, v)
+            if known is not None and taken is not None and known.spec.layer not in step.taken:
+                step.taken[known.spec.layer] = taken
+                return
         self.attended(step, parse_call(args, kwargs))
 
     def attended(self, step: ActiveStep, call: Call) -> None:
@@ -171,6 +192,8 @@ class Session:
             return
         if step.is_large:
             self._held.copy_now(step, taken)
+        else:
+            learn(step, call, taken)
 
     def end(self, step: ActiveStep, output: Any, elapsed_ns: int) -> None:
         """The model has returned."""
@@ -193,6 +216,7 @@ class Session:
         if entry.encoder is not None:
             record.fault = record.fault or entry.encoder.lost
         self._submit(step)
+        settle_plan(step, has_rows=bool(self._kinds))
         entry.slots = step.past + step.length
         entry.steps += 1
         if cache is None:
@@ -210,6 +234,7 @@ class Session:
         """A cache is about to be changed: what is held of it is copied first."""
         entry = self._book.find(cache)
         if entry is not None:
+            entry.plan = None
             self._held.flush(entry)
 
     def cache_changed(self, cache: Any, method: str, event: str, value: Any) -> None:
@@ -262,25 +287,33 @@ class Session:
     ) -> ActiveStep:
         """A step over the tokens of `inputs`, of which `real` are no padding."""
         entry.real = np.concatenate([entry.real[:, : inputs.past], real], axis=1)
-        counts = real.sum(axis=1)
+        whole = bool(real.all())
+        counts = [inputs.length] * inputs.batch if whole else real.sum(axis=1).tolist()
         record = StepRecord(
             phase="decode" if inputs.is_decode else "prefill",
             batch_size=inputs.batch,
-            num_tokens=int(counts.sum()),
+            num_tokens=sum(counts),
             started_ns=time.time_ns(),
             forks=entry.forks(),
             sequences=[
-                _sequenced(row, state, int(count), inputs)
+                _sequenced(row, state, count, inputs)
                 for row, (state, count) in enumerate(zip(entry.requests, counts, strict=False))
                 if count or (state.fork and not state.is_known)
             ],
             token_ids=None if inputs.token_ids is None else inputs.token_ids[real].tolist(),
             fault=entry.lost or self._silent(),
         )
-        keep = None if real.all() else torch.as_tensor(np.flatnonzero(real))
+        keep = None if whole else torch.as_tensor(np.flatnonzero(real))
         return ActiveStep(
             model, record, inputs.batch, inputs.length, inputs.past, inputs.cache, entry, real, keep
         )
+
+    def _next_of_run(self, kwargs: dict[str, Any]) -> ActiveStep | None:
+        cache = kwargs.get("past_key_values")
+        entry = None if cache is None else self._book.find(cache)
+        if entry is None or entry.plan is None or self.guard.silent:
+            return None
+        return next_step(entry, cache, kwargs)
 
     def _find_encoder(self, model: ModelState, entry: CacheEntry, states: Any) -> None:
         found = self._encoders.find(model.info.key, states)
@@ -359,6 +392,8 @@ class Session:
 
     def _differing_layers(self, step: ActiveStep) -> str | None:
         found, expected = step.taken.keys(), step.model.expected
+        if not self._kinds and step.half in expected:
+            return None
         if step.half not in expected:
             silent = self.guard.silent.get("attention")
             if silent is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from kvtrace_recorder.messages import LayerRows, StepRecord
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import Bools, CacheEntry
 from kvtrace_recorder.writer.slabs import Slab
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.decode import DecodePlan
 
 #: Steps of more rows than this are large.
 LARGE_ROWS = 64
@@ -103,6 +106,8 @@ class ActiveStep:
         q, k and v of the last `nn.MultiheadAttention`, [token, batch, heads * head_dim].
     ids : numpy.ndarray or None
         Token ids of a step whose shape is not known yet.
+    plan : DecodePlan or None
+        What the step's attention calls look like; of a general one, what the next one's may.
     half : str or None
         encoder or decoder, where the model has both.
     cross_cache : transformers Cache or None
@@ -129,6 +134,7 @@ class ActiveStep:
     masks: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     projected: Sequence[torch.Tensor] | None = None
     ids: NDArray[np.int64] | None = None
+    plan: DecodePlan | None = None
     half: str | None = None
     cross_cache: Any = None
 

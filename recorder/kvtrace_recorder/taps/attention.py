@@ -25,7 +25,7 @@ def patches(session: Session) -> list[Patch]:
     def make(original: Any) -> Any:
         def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
             function = original(self, *args, **kwargs)
-            if torch.compiler.is_compiling() or session.current is None:
+            if torch.compiler.is_compiling() or session.attending is None:
                 return function
             return _observed(session, function)
 
@@ -36,7 +36,7 @@ def patches(session: Session) -> list[Patch]:
 
 def _observed(session: Session, function: Callable[..., Any]) -> Callable[..., Any]:
     def attention(*args: Any, **kwargs: Any) -> Any:
-        step = session.current
+        step = session.attending
         if step is None:
             return function(*args, **kwargs)
         step.in_attention = True

@@ -23,7 +23,7 @@ def listening(session: Session) -> ActiveStep | None:
     """
     if torch.compiler.is_compiling():
         return None
-    step = session.current
+    step = session.attending
     if step is None or step.in_attention or torch._C._current_graph_task_id() >= 0:
         return None
     return step

@@ -55,7 +55,8 @@ def token_mask(mask: Any, past: int, batch: int, length: int) -> Bools:
     # A mask may cover the step alone, or a window: then the step stands at its end.
     start = past if covered >= past + length else covered - length
     if mask.ndim == 2:
-        columns = (mask[:, start : start + length] != 0).cpu().numpy()
+        # A view in numpy: for a decode step torch's calls would cost more than all else.
+        columns = mask.cpu().numpy()[:, start : start + length] != 0
     else:
         # A token sees itself, padding sees nothing.
         own = mask[:, 0, -length:, start : start + length]
