@@ -4,8 +4,8 @@ Computed from the stored values rather than the model's own, so that the attenti
 recomputes sums to one exactly; with float16 storage the rounding of a score then cancels in all
 but the differences between keys.
 
-All in small matrix products: above 2**18 multiplications OpenBLAS takes several threads, which
-fight with the model's for the cores (on a loaded machine that made this ten times slower).
+One matrix product for as many rows as keep their scores in a core's cache: the writer's process
+has one thread, and what it takes of the machine the model lacks.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from kvtrace.writer import LayerSpec
 Float = NDArray[np.float32]
 Positions = NDArray[np.int64]
 
-#: Keys of one matrix product.
-TILE = 128
-#: Multiplications of one matrix product.
-PRODUCT = 1 << 18
-#: Tiles whose scores are held at a time.
-TILES_HELD = 64
+#: Scores held at a time, of all rows and keys of one product: 2 MB.
+SCORES = 1 << 19
+#: A key history grows by at least so many tokens.
+ROOM = 128
 
 
 class KeyHistory:
-    """The keys of one request in one layer, growing: float32, in tiles of `TILE` tokens."""
+    """The keys of one request in one layer, growing: float32."""
 
     def __init__(self) -> None:
         self._keys: Float | None = None
@@ -43,9 +41,7 @@ class KeyHistory:
         total = self.tokens + count
         if self._keys is None or total > self._keys.shape[1]:
             held = 0 if self._keys is None else self._keys.shape[1]
-            room = -(-max(2 * held, total) // TILE) * TILE
-            # Numbers: the end of the last tile is multiplied before it is hidden.
-            grown = np.zeros((heads, room, width), np.float32)
+            grown = np.empty((heads, max(2 * held, total, ROOM), width), np.float32)
             if self._keys is not None:
                 grown[:, : self.tokens] = self._keys[:, : self.tokens]
             self._keys = grown
@@ -63,12 +59,11 @@ class KeyHistory:
         return self._keys[:, start : min(stop, self.tokens)].transpose(1, 0, 2).copy()
 
     @property
-    def tiles(self) -> Float:
-        """[kv_head, tile, token of the tile, head_dim]; a view, finite behind the last token."""
+    def keys(self) -> Float:
+        """[kv_head, token, head_dim]; a view."""
         if self._keys is None:
-            return np.empty((0, 0, TILE, 0), np.float32)
-        heads, room, width = self._keys.shape
-        return self._keys.reshape(heads, room // TILE, TILE, width)
+            return np.empty((0, 0, 0), np.float32)
+        return self._keys[:, : self.tokens]
 
 
 def row_lse(
@@ -95,33 +90,25 @@ def row_lse(
         [row, q_head] float32.
     """
     rows, q_heads, width = q.shape
-    tiles = history.tiles
-    kv_heads = len(tiles)
+    keys = history.keys
+    kv_heads = len(keys)
     group = q_heads // kv_heads
     scaled = q.astype(np.float32) * np.float32(spec.scale)
     by_head = scaled.reshape(rows, kv_heads, group, width).transpose(1, 0, 2, 3)
-    logits = None if sinks is None else sinks.reshape(kv_heads, 1, group)
-    alibi = spec.alibi_slopes
-    slopes = None if alibi is None else np.array(alibi, np.float32).reshape(kv_heads, 1, group)
     found = np.empty((kv_heads, rows, group), np.float32)
-    # The row of a decode step takes all heads at once, the rows of a prompt one head at a time.
-    heads = kv_heads if rows == 1 else 1
-    height = max(1, PRODUCT // (TILE * width * group))
+    height = max(1, SCORES // (max(1, history.tokens) * group))
     for start in range(0, rows, height):
         stop = min(rows, start + height)
         positions = first + np.arange(start, stop)
         low, high = _bounds(positions, history.tokens, spec)
-        low, high = np.repeat(low, group), np.repeat(high, group)
-        for head in range(0, kv_heads, heads):
-            some = slice(head, head + heads)
-            block = by_head[some, start:stop].reshape(heads, -1, width)
-            extra = None if logits is None else np.repeat(logits[some], stop - start, axis=1)
-            bias = None
-            if slopes is not None:
-                slope = np.repeat(slopes[some], stop - start, axis=1).reshape(heads, -1)
-                bias = (slope, np.repeat(positions, group))
-            values = _block(block, tiles[some], low, high, spec.softcap, extra, bias)
-            found[some, start:stop] = values.reshape(heads, stop - start, group)
+        begin, end = int(low.min()), int(high.max()) + 1
+        for head in range(kv_heads):
+            queries = by_head[head, start:stop].reshape(-1, width)
+            scores = (queries @ keys[head, begin:end].T).reshape(stop - start, group, end - begin)
+            _bend(scores, spec, slice(head * group, (head + 1) * group), positions, begin)
+            _hide(scores, low - begin, high - begin)
+            extra = None if sinks is None else sinks[head * group : (head + 1) * group]
+            found[head, start:stop] = _log_sum_exp(scores, extra)
     return np.ascontiguousarray(found.transpose(1, 0, 2)).reshape(rows, q_heads)
 
 
@@ -134,52 +121,39 @@ def _bounds(rows: Positions, tokens: int, spec: LayerSpec) -> tuple[Positions, P
     return np.maximum(0, rows - spec.sliding_window + 1), rows
 
 
-def _block(
-    queries: Float,
-    tiles: Float,
-    low: Positions,
-    high: Positions,
-    softcap: float | None,
-    logits: Float | None,
-    bias: tuple[Float, Positions] | None,
-) -> Float:
-    """[head, query] of queries [head, query, head_dim] that see positions low to high.
-
-    `bias` is ALiBi's slopes [head, query] and the queries' positions [query].
-    """
-    shape = queries.shape[:2]
-    if logits is None:
-        top, total = np.full(shape, np.finfo(np.float32).min), np.zeros(shape, np.float32)
-    else:
-        top, total = logits.reshape(shape), np.ones(shape, np.float32)
-    first, last = int(low.min()) // TILE, int(high.max()) // TILE + 1
-    for begin in range(first, last, TILES_HELD):
-        some = tiles[:, begin : min(last, begin + TILES_HELD)]
-        scores = queries[:, None] @ some.transpose(0, 1, 3, 2)
-        if softcap is not None:
-            scores /= np.float32(softcap)
-            np.tanh(scores, out=scores)
-            scores *= np.float32(softcap)
-        if bias is not None:
-            keys = begin * TILE + np.arange(scores.shape[1] * TILE).reshape(-1, 1, TILE)
-            distance = (keys - bias[1][:, None]).astype(np.float32)
-            scores += bias[0][:, None, :, None] * distance
-        _hide(scores, begin, low, high)
-        higher = np.maximum(top, scores.max(axis=3).max(axis=1))
-        scores -= higher[:, None, :, None]
-        total *= np.exp(top - higher)
-        total += np.exp(scores, out=scores).sum(axis=3).sum(axis=1)
-        top = higher
-    return np.asarray(top + np.log(total))
+def _bend(scores: Float, spec: LayerSpec, heads: slice, rows: Positions, first_key: int) -> None:
+    """Apply softcap and ALiBi to scores [row, head, key] of keys from `first_key` on."""
+    if spec.softcap is not None:
+        scores /= np.float32(spec.softcap)
+        np.tanh(scores, out=scores)
+        scores *= np.float32(spec.softcap)
+    if spec.alibi_slopes is not None:
+        slopes = np.array(spec.alibi_slopes[heads], np.float32)
+        keys = first_key + np.arange(scores.shape[2])
+        distance = (keys[None, :] - rows[:, None]).astype(np.float32)
+        scores += slopes[None, :, None] * distance[:, None, :]
 
 
-def _hide(scores: Float, first: int, low: Positions, high: Positions) -> None:
-    """Hide what the queries do not see in scores [head, tile, query, token], from tile `first`."""
-    last = first + scores.shape[1]
-    # Only tiles at the edges hold hidden keys; the others are left alone.
-    late = range(max(first, (int(high.min()) + 1) // TILE), last)
-    early = range(first, min(last, late.start, -(-int(low.max()) // TILE)))
-    for tile in (*early, *late):
-        positions = tile * TILE + np.arange(TILE)[None, :]
-        hidden = (positions < low[:, None]) | (positions > high[:, None])
-        scores[:, tile - first] += np.where(hidden, np.float32(-np.inf), np.float32(0))
+def _hide(scores: Float, low: Positions, high: Positions) -> None:
+    """Hide all but keys low to high of scores [row, head, key]."""
+    keys = np.arange(scores.shape[2])
+    # Only keys at the edges are hidden from some rows; the others are left alone.
+    late, early = int(high.min()) + 1, int(low.max())
+    if late < len(keys):
+        hidden = keys[None, late:] > high[:, None]
+        np.copyto(scores[:, :, late:], -np.inf, where=hidden[:, None, :])
+    if early:
+        hidden = keys[None, :early] < low[:, None]
+        np.copyto(scores[:, :, :early], -np.inf, where=hidden[:, None, :])
+
+
+def _log_sum_exp(scores: Float, sinks: Float | None) -> Float:
+    """[row, head] of scores [row, head, key], which are overwritten, and a further logit a head."""
+    top = scores.max(axis=2)
+    if sinks is not None:
+        top = np.maximum(top, sinks[None, :])
+    scores -= top[:, :, None]
+    total = np.exp(scores, out=scores).sum(axis=2)
+    if sinks is not None:
+        total += np.exp(sinks[None, :] - top)
+    return np.asarray(top + np.log(total), np.float32)

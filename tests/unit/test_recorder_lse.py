@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -55,17 +56,14 @@ SPECS: list[tuple[dict[str, Any], bool]] = [
 
 
 @pytest.mark.parametrize(("options", "has_sinks"), SPECS)
-@pytest.mark.parametrize(("tile", "product", "held"), [(128, 1 << 18, 64), (4, 64, 2), (8, 500, 1)])
+@pytest.mark.parametrize("held", [lse.SCORES, 1000, 1])
 def test_blocks_equal_the_definition(
     options: dict[str, Any],
     has_sinks: bool,
-    tile: int,
-    product: int,
     held: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in (("TILE", tile), ("PRODUCT", product), ("TILES_HELD", held)):
-        monkeypatch.setattr(lse, name, value)
+    monkeypatch.setattr(lse, "SCORES", held)
     q, k = synthetic()
     spec = LayerSpec(0, Q_HEADS, KV_HEADS, WIDTH, WIDTH, 0.7, has_sinks=has_sinks, **options)
     sinks = np.linspace(-1, 2, Q_HEADS, dtype=np.float32) if has_sinks else None
@@ -86,15 +84,15 @@ def test_blocks_equal_the_definition(
 def test_key_history_grows_by_doubling_and_keeps_every_key() -> None:
     _, k = synthetic()
     history = KeyHistory()
-    rooms = []
+    moves = 0
     for _ in range(12):
+        before = history.keys
         history.extend(k.astype(np.float16))
-        rooms.append(history.tiles.shape[1])
+        moves += not np.shares_memory(before, history.keys)
     assert history.tokens == 12 * TOKENS
-    assert rooms == [1, 1, 1, 2, 2, 2, 4, 4, 4, 4, 4, 4]
+    assert moves == 1 + math.ceil(math.log2(12 * TOKENS / max(lse.ROOM, TOKENS)))
     expected = np.concatenate([k] * 12).astype(np.float16).transpose(1, 0, 2)
-    flat = history.tiles.reshape(KV_HEADS, -1, WIDTH)
-    np.testing.assert_array_equal(flat[:, : history.tokens], expected)
+    np.testing.assert_array_equal(history.keys, expected)
 
 
 def test_float16_overflow_is_clipped_and_counted() -> None:
