@@ -93,7 +93,7 @@ def row_lse(
     keys = history.keys
     kv_heads = len(keys)
     group = q_heads // kv_heads
-    scaled = q.astype(np.float32) * np.float32(spec.scale)
+    scaled: Float = q.astype(np.float32) * np.float32(spec.scale)
     by_head = scaled.reshape(rows, kv_heads, group, width).transpose(1, 0, 2, 3)
     found = np.empty((kv_heads, rows, group), np.float32)
     height = max(1, SCORES // (max(1, history.tokens) * group))
@@ -104,7 +104,8 @@ def row_lse(
         begin, end = int(low.min()), int(high.max()) + 1
         for head in range(kv_heads):
             queries = by_head[head, start:stop].reshape(-1, width)
-            scores = (queries @ keys[head, begin:end].T).reshape(stop - start, group, end - begin)
+            product: Float = queries @ keys[head, begin:end].T
+            scores: Float = product.reshape(stop - start, group, end - begin)
             _bend(scores, spec, slice(head * group, (head + 1) * group), positions, begin)
             _hide(scores, low - begin, high - begin)
             extra = None if sinks is None else sinks[head * group : (head + 1) * group]
