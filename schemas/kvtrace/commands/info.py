@@ -56,7 +56,7 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         # A served trace has millions of these: counted, not read.
         **trace.sql(
             "select (select count(*) from kv_events) kv_events,"
-            " (select count(*) from blocks) blocks"
+            " (select count(distinct block) from kv_events) blocks"
         ).to_pylist()[0],
         "bytes": trace.bytes,
         "signals": sorted(trace.signals),
@@ -105,7 +105,9 @@ def _show(found: dict[str, Any]) -> None:
         for rank in found["ranks"]:
             out.print(f"rank      {rank['rank']}: {rank['rows']} rows, {rank['status']}")
     if found["kv_events"]:
-        out.print(f"events    {found['kv_events']:,} KV events of {found['blocks']:,} blocks")
+        # Caches that are not made of blocks have events too.
+        blocks = f" of {found['blocks']:,} blocks" if found["blocks"] else ""
+        out.print(f"events    {found['kv_events']:,} KV events{blocks}")
     if found["layers"]:
         out.print(f"detail    {found['detail']} in {found['dtype']}: {_precision(found)}")
         out.print(f"queries   {_selected(found)}")
