@@ -16,6 +16,8 @@ from transformers import (
     MarianMTModel,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import kvtrace
@@ -279,3 +281,46 @@ def test_waiting_for_a_decoder_never_stops_the_model(tmp_path: Path) -> None:
             model.get_encoder()(ids)
     assert recording.gaps == {}
     assert recording.rows == 2 * 4 * (30 + 25 + 30)
+
+
+def test_an_encoder_of_sound_has_tokens_without_ids(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = WhisperConfig(
+        vocab_size=60,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_mel_bins=8,
+        max_source_positions=20,
+        max_target_positions=32,
+        pad_token_id=0,
+    )
+    model = WhisperForConditionalGeneration(config).eval()
+    sound = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(3))
+    ids = torch.tensor([[2, 5, 6], [2, 7, 8]])
+    with torch.no_grad():
+        plain = model(sound, decoder_input_ids=ids).logits
+        with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
+            assert torch.equal(model(sound, decoder_input_ids=ids).logits, plain)
+        model.set_attn_implementation("eager")
+        own = model(sound, decoder_input_ids=ids, output_attentions=True)
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert [(r.tokens, r.encoder_request) for r in trace.requests()] == [
+        (20, None),
+        (20, None),
+        (3, 0),
+        (3, 1),
+    ]
+    assert trace.tokens(0)["token_id"].to_pylist() == [None] * 20
+    for layer, request, maps in (
+        (1, 1, own.encoder_attentions[1]),
+        (2, 3, own.decoder_attentions[0]),
+        (3, 3, own.cross_attentions[0]),
+    ):
+        found = trace.attention(layer, 2, request=request)
+        np.testing.assert_allclose(found, maps[1, 2].numpy(), atol=1e-5)

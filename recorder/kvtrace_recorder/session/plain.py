@@ -1,7 +1,8 @@
-"""Steps of models that are not transformers': what a forward pass was over shows in its attention.
+"""Steps whose inputs do not say what they are over: it shows in their attention.
 
-Such a model's first attention call tells the batch and the tokens; every step is a whole
-sequence, for nothing says where such a model keeps keys from one call to the next.
+Such are those of models that are not transformers', and of encoders of sounds or pictures. The
+first attention call tells the batch and the tokens; every step is a whole sequence, for nothing
+says where such a model keeps keys from one call to the next.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def shape_step(session: Session, step: ActiveStep, call: Call) -> None:
     entry = session.new_entry(batch)
     shaped = session.new_step(step.model, inputs, entry, _tokens(call))
     shaped.record.started_ns = step.record.started_ns
+    shaped.half = step.half
     vars(step).update(vars(shaped))
 
 

@@ -29,7 +29,7 @@ from kvtrace_recorder.session.halves import ENCODER, Halves
 from kvtrace_recorder.session.held import HeldSteps
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.models import ModelState
-from kvtrace_recorder.session.plain import begin_unshaped
+from kvtrace_recorder.session.plain import begin_unshaped, shape_step
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook, RequestState
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.call import Call, parse_call
@@ -152,6 +152,11 @@ class Session:
         if model.is_plain:
             return begin_unshaped(self, model, args, kwargs)
         inputs = read_inputs(model, half, args, kwargs)
+        if isinstance(inputs, str) and half is not None and half.kind == ENCODER:
+            # Of sounds or pictures: how many tokens they become shows in the first attention.
+            step = begin_unshaped(self, model, args, kwargs)
+            step.half = half.kind
+            return step
         if isinstance(inputs, str):
             self.note_once(inputs)
             return None
@@ -186,6 +191,8 @@ class Session:
         if step.record.fault is not None:
             return
         try:
+            if not step.batch:
+                shape_step(self, step, call)
             taken = take_rows(step, call, self._kinds)
         except UnrecordableError as error:
             step.record.fault = str(error)
@@ -328,7 +335,7 @@ class Session:
     def _encoded(self, step: ActiveStep, output: Any) -> None:
         """An encoder has returned: its rows wait for the decoder that reads them."""
         hidden = output[0]
-        if step.record.fault is not None or not isinstance(hidden, torch.Tensor):
+        if step.record.fault or not step.batch or not isinstance(hidden, torch.Tensor):
             self._submit(step)
             return
         for run in self._encoders.add(step, hidden):

@@ -28,8 +28,8 @@ def patches(session: Session) -> list[Patch]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if (
                 torch.compiler.is_compiling()
-                or not session.begins_step(self)
                 or os.getpid() != session.pid
+                or not session.guard.run(NAME, session.begins_step, self)
             ):
                 return original(self, *args, **kwargs)
             return _observed(session, original, self, args, kwargs)
