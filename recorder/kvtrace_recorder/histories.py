@@ -26,6 +26,10 @@ class Histories:
         """Note which rows come next in a request; their keys are added layer by layer."""
         self._sequences.extend(request, rows)
 
+    def rows(self, request: int) -> Ids:
+        """The rows of a request, by position."""
+        return self._sequences.rows(request)
+
     def fork(self, forks: Sequence[Fork]) -> None:
         """Apply the forks of one row: each finds its source as it stood before all of them."""
         # Beams share all but their last tokens: only what differs is copied.

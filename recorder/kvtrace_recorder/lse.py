@@ -67,9 +67,13 @@ class KeyHistory:
 
 
 def row_lse(
-    q: NDArray[Any], history: KeyHistory, first: int, spec: LayerSpec, sinks: Float | None = None
+    q: NDArray[Any],
+    history: KeyHistory,
+    positions: Positions,
+    spec: LayerSpec,
+    sinks: Float | None = None,
 ) -> Float:
-    """Log-sum-exp of the rows at positions `first`, `first + 1`, ...
+    """Log-sum-exp of some rows of a request.
 
     Parameters
     ----------
@@ -77,8 +81,8 @@ def row_lse(
         [row, q_head, head_dim].
     history : KeyHistory
         Keys of the positions from 0 up to at least the last row's.
-    first : int
-        Position of row 0.
+    positions : numpy.ndarray
+        [row], ascending.
     spec : LayerSpec
         Gives scale, softcap, window, ALiBi's slopes and whether the layer is causal.
     sinks : numpy.ndarray, optional
@@ -99,14 +103,14 @@ def row_lse(
     height = max(1, SCORES // (max(1, history.tokens) * group))
     for start in range(0, rows, height):
         stop = min(rows, start + height)
-        positions = first + np.arange(start, stop)
-        low, high = _bounds(positions, history.tokens, spec)
+        at = positions[start:stop]
+        low, high = _bounds(at, history.tokens, spec)
         begin, end = int(low.min()), int(high.max()) + 1
         for head in range(kv_heads):
             queries = by_head[head, start:stop].reshape(-1, width)
             product: Float = queries @ keys[head, begin:end].T
             scores: Float = product.reshape(stop - start, group, end - begin)
-            _bend(scores, spec, slice(head * group, (head + 1) * group), positions, begin)
+            _bend(scores, spec, slice(head * group, (head + 1) * group), at, begin)
             _hide(scores, low - begin, high - begin)
             extra = None if sinks is None else sinks[head * group : (head + 1) * group]
             found[head, start:stop] = _log_sum_exp(scores, extra)

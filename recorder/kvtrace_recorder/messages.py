@@ -94,6 +94,25 @@ class Sequenced:
 
 
 @dataclass
+class Received:
+    """Attention that some keys of a request received from queries of its prompt, in one layer.
+
+    Attributes
+    ----------
+    request : int
+        Number of the request.
+    first : int
+        Position of the first key.
+    values : numpy.ndarray
+        [key, q_head] float32, after the softmax, summed over a step's queries.
+    """
+
+    request: int
+    first: int
+    values: Array
+
+
+@dataclass
 class LayerRows:
     """What one attention layer saw of a batch's rows, in the trace's storage type.
 
@@ -102,25 +121,38 @@ class LayerRows:
     spec : LayerSpec
         The layer as the calls showed it.
     q : numpy.ndarray or None
-        [row, q_head, head_dim]; None, like k and v, where the detail leaves it out.
+        [query, q_head, head_dim], of the rows that keep their query; None, like the others, where
+        it is not kept.
     k : numpy.ndarray or None
         [row, kv_head, head_dim]
     v : numpy.ndarray or None
         [row, kv_head, value_dim]
     sinks : numpy.ndarray or None
         [q_head] float32, the logit that each head's softmax has in addition to its keys.
+    lse : numpy.ndarray or None
+        [query, q_head] float32; None where the writer is to compute it.
+    key_norm, value_norm : numpy.ndarray or None
+        [row, kv_head] float32.
+    received : list of Received
+        Where not every query is kept.
     """
 
     spec: LayerSpec
-    q: Array | None
-    k: Array | None
-    v: Array | None
-    sinks: Array | None
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+    sinks: Array | None = None
+    lse: Array | None = None
+    key_norm: Array | None = None
+    value_norm: Array | None = None
+    received: list[Received] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(x.nbytes for x in (self.q, self.k, self.v, self.sinks) if x is not None)
+        arrays = (self.q, self.k, self.v, self.sinks, self.lse, self.key_norm, self.value_norm)
+        found = sum(x.nbytes for x in arrays if x is not None)
+        return found + sum(part.values.nbytes for part in self.received)
 
 
 @dataclass(frozen=True)
@@ -174,6 +206,8 @@ class StepRecord:
         What the step did to the cache.
     caveat : str or None
         Why attention recomputed from the step's rows is not exactly the model's.
+    queries : numpy.ndarray or None
+        [row] of bool, the rows that keep their query; None where all do.
     fault : str or None
         Why the step's rows cannot be recorded; the step itself still is.
     """
@@ -188,6 +222,7 @@ class StepRecord:
     token_ids: list[int] | None = None
     events: list[CacheEvent] = field(default_factory=list)
     caveat: str | None = None
+    queries: Array | None = None
     fault: str | None = None
 
 
@@ -233,6 +268,26 @@ class CacheChange:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What the attention kernel returned for some rows: compared with the trace at the end.
+
+    Attributes
+    ----------
+    layer, request : int
+        Whose rows.
+    positions : list of int
+        [row], in the request.
+    values : numpy.ndarray
+        [row, q_head, value_dim] float32, of the kept heads.
+    """
+
+    layer: int
+    request: int
+    positions: list[int]
+    values: Array
+
+
+@dataclass(frozen=True)
 class Ended:
     """Requests that will not go on: their cache is gone, or they never had one.
 
@@ -257,18 +312,20 @@ class Gap:
     reason: str
 
 
-Message = ModelInfo | Vocabulary | StepBatch | CacheChange | Ended | Gap
+Message = ModelInfo | Vocabulary | StepBatch | CacheChange | Outputs | Ended | Gap
 #: Every dataclass that a message may be or hold.
 MESSAGES: tuple[type, ...] = (
     ModelInfo,
     Vocabulary,
     LayerSpec,
+    Received,
     LayerRows,
     Sequenced,
     ForkedRequest,
     StepRecord,
     StepBatch,
     CacheChange,
+    Outputs,
     Ended,
     Gap,
 )

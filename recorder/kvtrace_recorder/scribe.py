@@ -27,9 +27,7 @@ from kvtrace_recorder.messages import (
     Vocabulary,
     finite_float16,
 )
-
-#: Picks some rows of an array.
-Index = slice | NDArray[np.int64]
+from kvtrace_recorder.queries import Index, Queries
 
 _EVENT_COLUMNS = (
     "ts_ns",
@@ -139,7 +137,7 @@ class Scribe:
         count = len(requests)
         row = np.arange(self._writer.rows, self._writer.rows + count)
         self._buffer("tokens", {**self._token_rows(source, steps, requests, positions), "row": row})
-        has_query = any(layer.q is not None for layer in batch.layers)
+        has_query = _has_query(batch, steps)
         self._writer.append(
             "rows",
             {
@@ -147,15 +145,16 @@ class Scribe:
                 "step": numbers,
                 "request": requests,
                 "position": positions,
-                "has_query": np.full(count, has_query),
+                "has_query": has_query,
             },
         )
         shares = _shares(requests)
         for request, share in shares.items():
             self._histories.add_rows(request, row[share])
         for layer in batch.layers:
-            self._write_layer(model, layer, shares, positions, steps[0][0])
-        for number in known - {layer.spec.layer for layer in batch.layers}:
+            self._write_layer(model, layer, shares, positions, has_query, steps[0][0])
+        missing = known - {layer.spec.layer for layer in batch.layers}
+        for number in missing if self._writer.has_rows else ():
             # The other half of an encoder-decoder did not run.
             self._writer.append_layer(model, number)
 
@@ -165,10 +164,11 @@ class Scribe:
         layer: LayerRows,
         shares: Mapping[int, Index],
         positions: NDArray[np.int64],
+        has_query: NDArray[np.bool_],
         number: int,
     ) -> None:
         arrays: dict[str, NDArray[Any] | None] = {}
-        for kind in ("q", "k", "v"):
+        for kind in ("q", "k", "v", "lse", "key_norm", "value_norm"):
             given = getattr(layer, kind)
             if given is None:
                 continue
@@ -178,37 +178,43 @@ class Scribe:
             self.nbytes += values.nbytes
             arrays[kind] = values
         q, k = arrays.get("q"), arrays.get("k")
+        queries = Queries(q, has_query, positions)
         if layer.spec.attention_kind == "cross":
-            arrays["lse"] = self._cross_lse(layer, q, k, shares, number)
-        elif q is not None and k is not None:
-            arrays["lse"] = self._lse(layer, q, k, shares, positions, number)
-        if arrays:
+            arrays["lse"] = self._cross_lse(layer, queries, k, shares, number)
+        elif k is not None:
+            found = self._lse(layer, queries, k, shares, number)
+            arrays["lse"] = arrays.get("lse", found)
+        if self._writer.has_rows:
             self._writer.append_layer(model, layer.spec.layer, **arrays)
+        for received in layer.received:
+            stop = received.first + len(received.values)
+            rows = self._histories.rows(received.request)[received.first : stop]
+            self._writer.add_received(model, layer.spec.layer, rows, received.values)
 
     def _lse(
         self,
         layer: LayerRows,
-        q: NDArray[Any],
+        queries: Queries,
         k: NDArray[Any],
         shares: Mapping[int, Index],
-        positions: NDArray[np.int64],
         number: int,
-    ) -> NDArray[np.float32]:
-        found = np.full(q.shape[:2], np.nan, np.float32)
+    ) -> NDArray[np.float32] | None:
+        found = np.full((len(k), layer.spec.num_q_heads), np.nan, np.float32)
         for request, share in shares.items():
             history = self._histories.of(request, layer.spec.layer)
-            first = int(positions[share][0])
-            if history.tokens != first:
+            if history.tokens != int(queries.positions[share][0]):
                 self._note("lse", len(k[share]), KEYS_GONE, number)
                 continue
             history.extend(k[share])
-            found[share] = row_lse(q[share], history, first, layer.spec, layer.sinks)
-        return found
+            q, rows, positions = queries.of(share)
+            if q is not None and len(q) and layer.lse is None:
+                found[rows] = row_lse(q, history, positions, layer.spec, layer.sinks)
+        return None if queries.q is None else found[queries.has_query]
 
     def _cross_lse(
         self,
         layer: LayerRows,
-        q: NDArray[Any] | None,
+        queries: Queries,
         k: NDArray[Any] | None,
         shares: Mapping[int, Index],
         number: int,
@@ -217,16 +223,19 @@ class Scribe:
         if k is not None:
             for request, share in shares.items():
                 self._histories.of(request, layer.spec.layer).extend(k[share])
-        if q is None:
+        if queries.q is None:
             return None
-        found = np.full(q.shape[:2], np.nan, np.float32)
+        found = np.full((len(queries.has_query), layer.spec.num_q_heads), np.nan, np.float32)
         for request, share in shares.items():
             history = self._histories.of(self._encoders.get(request, request), layer.spec.layer)
+            q, rows, positions = queries.of(share)
+            if q is None or not len(q):
+                continue
             if history.tokens:
-                found[share] = row_lse(q[share], history, 0, layer.spec)
+                found[rows] = row_lse(q, history, positions, layer.spec)
             else:
-                self._note("lse", len(q[share]), KEYS_GONE, number)
-        return found
+                self._note("lse", len(q), KEYS_GONE, number)
+        return found[queries.has_query]
 
     def _fork(self, forks: Sequence[ForkedRequest]) -> None:
         if not forks:
@@ -285,6 +294,16 @@ class Scribe:
         first, held = self._gaps.get((what, reason), (step, 0))
         self._gaps[what, reason] = (first, held + count)
         self.reasons[reason] = self.reasons.get(reason, 0) + count
+
+
+def _has_query(batch: StepBatch, steps: Sequence[tuple[int, StepRecord]]) -> NDArray[np.bool_]:
+    """[row]: which rows of some steps keep their query."""
+    known = any(layer.q is not None for layer in batch.layers)
+    parts = []
+    for _, step in steps:
+        count = sum(sequence.count for sequence in step.sequences)
+        parts.append(np.full(count, known) if step.queries is None else step.queries)
+    return np.concatenate(parts)
 
 
 def _row_columns(

@@ -31,14 +31,14 @@ _UNITS = {"": 1, "b": 1} | {
 
 @dataclass(frozen=True)
 class Queries:
-    """Which queries of a prompt are kept; every decoded token's is.
+    """Which queries of a prompt are kept; every later token's is.
 
     Attributes
     ----------
     last : int or None
-        The last so many of each prefill step (a prompt given at once is one step).
+        The last so many.
     every : int or None
-        Those whose position is a multiple, and the last of each prefill step.
+        Those whose position is a multiple, and the last.
     """
 
     last: int | None = None
@@ -49,15 +49,18 @@ class Queries:
         """Whether none is left out."""
         return self.last is None and self.every is None
 
-    def of(self, position: int, count: int) -> Bools:
-        """Which of `count` tokens from `position` on keep their query, in one prefill step."""
-        found = np.ones(count, bool)
+    def is_wider_than(self, last: int) -> bool:
+        """Whether more than the last so many may be kept."""
+        return self.last is None or self.last > last
+
+    def of(self, position: int, count: int, prompt_tokens: int) -> Bools:
+        """Which of `count` tokens from `position` on keep their query."""
+        positions = np.arange(position, position + count)
         if self.last is not None:
-            found[: max(0, count - self.last)] = False
-        elif self.every is not None:
-            found = (position + np.arange(count)) % self.every == 0
-            found[-1:] = True
-        return found
+            return np.asarray(positions >= prompt_tokens - self.last)
+        if self.every is not None:
+            return np.asarray((positions % self.every == 0) | (positions >= prompt_tokens - 1))
+        return np.ones(count, bool)
 
     def __str__(self) -> str:
         if self.last is not None:
@@ -127,6 +130,21 @@ def parse_selection(
         _queries(queries),
         _bytes(max_bytes),
     )
+
+
+def check_verify(verify: bool, detail: str) -> None:
+    """Refuse a self-check of what is not recorded.
+
+    Raises
+    ------
+    InputError
+        Where attention outputs could not be recomputed.
+    """
+    if verify and detail != "qkv":
+        raise InputError(
+            f"verify was asked for with detail {detail}; outputs are recomputed from q, k and v;"
+            " record with --detail qkv"
+        )
 
 
 def _numbers(name: str, given: Numbers) -> tuple[int, ...] | None:

@@ -167,6 +167,11 @@ class TraceWriter:
         self.append("runs", {**run, "pid": [pid or os.getpid()]})
         self.rows = 0
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether layers have row arrays, and steps wait for `append_layer`."""
+        return bool(self._kinds)
+
     def add_model(self, *, config: Mapping[str, Any] | None = None, **columns: Any) -> int:
         """Register a model; keywords are the columns of table `models`. Returns its number."""
         model = self._models

@@ -31,7 +31,7 @@ def thinned(full: Trace, path: Path, queries: Queries, *, received: bool = True)
     """The same run as a recorder with `queries` would have written it."""
     (prompt,) = (one.prompt_tokens for one in full.requests())
     tokens = full.rows
-    kept = np.concatenate([queries.of(0, prompt), np.ones(tokens - prompt, bool)])
+    kept = queries.of(0, tokens, prompt)
     with TraceWriter(path, source="synthetic", dtype="float32") as writer:
         writer.add_model(name="synthetic", num_layers=len(full.layers))
         writer.add_layers(0, SPECS)

@@ -19,7 +19,7 @@ from urllib.request import getproxies
 
 from kvtrace.errors import InputError
 from kvtrace.ranks import check_new_path
-from kvtrace_recorder.commands.options import add_recording_options
+from kvtrace_recorder.commands.options import add_recording_options, kept
 from kvtrace_recorder.commands.summary import quiet, summary
 
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate and record."""
     prompts = [*args.prompt, *(_read(Path(name)) for name in args.prompt_file)]
+    kept(args)
     if not prompts or not all(prompts):
         raise InputError(
             "no prompt, or an empty one; --prompt TEXT or --prompt-file F was expected"
@@ -92,8 +93,7 @@ def _generate(
     with record(
         model,
         out,
-        detail=args.detail,
-        dtype=args.dtype,
+        **kept(args),
         tokenizer=tokenizer,
         force=args.force,
         on_full="wait",

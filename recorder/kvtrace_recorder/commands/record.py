@@ -31,7 +31,7 @@ from kvtrace_recorder.child import (
     run_command,
     start,
 )
-from kvtrace_recorder.commands.options import add_recording_options
+from kvtrace_recorder.commands.options import add_recording_options, kept
 from kvtrace_recorder.commands.summary import summary
 from kvtrace_recorder.launch import Program, parse_program, run_program
 from kvtrace_recorder.session.recording import record
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {
         "path": str(opened),
         "launch": uuid4().hex,
-        "detail": args.detail,
-        "dtype": args.dtype,
+        **kept(args),
         "strict": args.strict,
         "on_full": args.on_full,
         "command": command,

@@ -212,7 +212,7 @@ def _write(writer: TraceWriter, file: _QkvFile, specs: list[LayerSpec]) -> None:
 def _lse(spec: LayerSpec, rows: dict[str, Array]) -> Array:
     history = KeyHistory()
     history.extend(rows["k"])
-    return row_lse(rows["q"], history, 0, spec)
+    return row_lse(rows["q"], history, np.arange(len(rows["q"])), spec)
 
 
 def _begin_step(

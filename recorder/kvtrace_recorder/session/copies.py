@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import LayerRows
-from kvtrace_recorder.session.step import Hold, Taken
+from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
+from kvtrace_recorder.taps.keep import Sums, norms, of_heads, sums_to_host
 from kvtrace_recorder.writer.slabs import Slab, room_for
 
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+#: What each kind of row array is made from.
+SOURCES = {"q": "q", "k": "k", "v": "v", "key_norm": "k", "value_norm": "v"}
 
 
 @dataclass(slots=True)
@@ -29,6 +33,45 @@ class Part:
         return self.tensor[:, :, self.first : self.first + self.length]
 
 
+@dataclass(frozen=True)
+class RowChoice:
+    """Which rows of some steps are written.
+
+    Attributes
+    ----------
+    count : int
+        Rows that are written.
+    keep : torch.Tensor or None
+        Their indices among all, in the order (step, batch row, token); None for all.
+    queries : int
+        Those of them that keep their query.
+    keep_queries : torch.Tensor or None
+        Their indices, likewise.
+    """
+
+    count: int
+    keep: torch.Tensor | None
+    queries: int
+    keep_queries: torch.Tensor | None
+
+    @classmethod
+    def of(cls, steps: Sequence[ActiveStep]) -> RowChoice:
+        """The rows of some steps without a fault."""
+        if all(step.keep is None and step.record.queries is None for step in steps):
+            count = sum(step.batch * step.length for step in steps)
+            return cls(count, None, count, None)
+        real = np.concatenate([step.real.ravel() for step in steps])
+        kept = np.concatenate([step.kept_queries for step in steps])
+        rows = np.flatnonzero(real)
+        queries = rows[kept]
+        return cls(
+            len(rows),
+            None if len(rows) == len(real) else torch.from_numpy(rows),
+            len(queries),
+            None if len(queries) == len(real) else torch.from_numpy(queries),
+        )
+
+
 @dataclass
 class LayerParts:
     """What one layer was given over consecutive steps of one batch.
@@ -41,12 +84,15 @@ class LayerParts:
 
     spec: LayerSpec
     sinks: torch.Tensor | None
+    kinds: frozenset[str]
     parts: dict[str, list[Part]] = field(default_factory=dict)
+    sums: list[Sums | None] = field(default_factory=list)
     steps: int = 0
 
     def add(self, taken: Taken, length: int) -> None:
         """Add a step's rows."""
         self.steps += 1
+        self.sums.append(taken.sums)
         for kind, tensor in (("q", taken.q), ("k", taken.k), ("v", taken.v)):
             if tensor is None:
                 continue
@@ -61,38 +107,58 @@ class LayerParts:
             else:
                 parts.append(Part(tensor, first, length))
 
-    def nbytes(self, rows: int, dtype: torch.dtype) -> int:
+    def nbytes(self, rows: RowChoice, dtype: torch.dtype) -> int:
         """Room that the rows take in a slab."""
-        return sum(
-            room_for(rows * x.shape[1] * x.shape[3] * dtype.itemsize)
-            for x in (parts[0].tensor for parts in self.parts.values())
-        )
+        spec, size = self.spec, dtype.itemsize
+        rooms = {
+            "q": rows.queries * spec.num_q_heads * spec.head_dim * size,
+            "k": rows.count * spec.num_kv_heads * spec.head_dim * size,
+            "v": rows.count * spec.num_kv_heads * spec.value_dim * size,
+            "key_norm": rows.count * spec.num_kv_heads * 4,
+            "value_norm": rows.count * spec.num_kv_heads * 4,
+        }
+        sums = sum(room_for(x.nbytes) for some in self.sums if some for x in some.tensors)
+        return sums + sum(room_for(rooms[kind]) for kind in self._written)
 
-    def copy(
-        self, slab: Slab, rows: int, keep: torch.Tensor | None, dtype: torch.dtype
-    ) -> LayerRows:
+    @property
+    def _written(self) -> list[str]:
+        """Kinds that have rows."""
+        return [
+            kind for kind, source in SOURCES.items() if kind in self.kinds and source in self.parts
+        ]
+
+    def copy(self, slab: Slab, rows: RowChoice, dtype: torch.dtype) -> LayerRows:
         """Copy the rows into a slab.
 
         Parameters
         ----------
         slab : Slab
             Has the room.
-        rows : int
-            Rows to keep.
-        keep : torch.Tensor or None
-            Their indices among all, in the order (step, batch row, token); None for all.
+        rows : RowChoice
+            Rows to write.
         dtype : torch.dtype
             Storage type.
         """
-        found: dict[str, Any] = dict.fromkeys(("q", "k", "v"))
-        for kind, parts in self.parts.items():
-            views = [part.view.detach() for part in parts]
-            whole = views[0] if len(views) == 1 else torch.cat(views, dim=2)
-            # Several steps: one token a batch row each, or one batch row; see `Held.takes`.
-            ordered = whole.permute(2, 0, 1, 3) if self.steps > 1 else whole.permute(0, 2, 1, 3)
-            found[kind] = _copy(ordered, slab, rows, keep, dtype)
+        found: dict[str, Any] = {}
+        for kind in self._written:
+            ordered = self._ordered(SOURCES[kind])
+            if kind == "q":
+                found[kind] = _copy(ordered, slab, rows.queries, rows.keep_queries, dtype)
+            elif kind in ("k", "v"):
+                found[kind] = _copy(ordered, slab, rows.count, rows.keep, dtype)
+            else:
+                norm = norms(ordered, dtype)
+                found[kind] = _copy(norm, slab, rows.count, rows.keep, torch.float32)[:, :, 0]
         sinks = None if self.sinks is None else self.sinks.detach().float().cpu().numpy()
-        return LayerRows(self.spec, **found, sinks=sinks)
+        return LayerRows(self.spec, **found, sinks=sinks, **sums_to_host(self.sums, slab))
+
+    def _ordered(self, source: str) -> torch.Tensor:
+        """[.., .., kept head, width] of all rows, in the order (step, batch row, token)."""
+        views = [part.view.detach() for part in self.parts[source]]
+        whole = views[0] if len(views) == 1 else torch.cat(views, dim=2)
+        whole = of_heads(whole, self.spec, queries=source == "q")
+        # Several steps: one token a batch row each, or one batch row; see `Held.takes`.
+        return whole.permute(2, 0, 1, 3) if self.steps > 1 else whole.permute(0, 2, 1, 3)
 
 
 def _copy(

@@ -18,6 +18,7 @@ import torch
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import Sequenced, StepRecord
+from kvtrace_recorder.session.keeping import Keeper, Plan
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import CacheEntry
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
@@ -43,6 +44,8 @@ class LayerPlan:
         Of q.
     sinks : torch.Tensor or None
         As in `Taken`.
+    kinds : frozenset of str
+        Likewise.
     """
 
     spec: LayerSpec
@@ -50,6 +53,7 @@ class LayerPlan:
     is_static: bool
     shape: torch.Size
     sinks: torch.Tensor | None
+    kinds: frozenset[str]
 
     @classmethod
     def of(cls, step: ActiveStep, call: Call, taken: Taken) -> LayerPlan | None:
@@ -63,7 +67,7 @@ class LayerPlan:
         held = call.k.shape[2]
         kept = (taken.q is not None, taken.k is not None, taken.v is not None)
         is_static = held != step.past + 1
-        return cls(taken.spec, kept, is_static, call.q.shape, taken.sinks)
+        return cls(taken.spec, kept, is_static, call.q.shape, taken.sinks, taken.kinds)
 
     def take(self, past: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Taken | None:
         """The call's rows; None where it does not look as it should."""
@@ -78,15 +82,28 @@ class LayerPlan:
             past,
             Hold.KEPT,
             self.sinks,
+            self.kinds,
         )
 
 
 @dataclass(slots=True)
 class DecodePlan:
-    """What the next plain decode step of a cache looks like; layers by attention module's id."""
+    """What the next plain decode step of a cache looks like.
+
+    Attributes
+    ----------
+    model : ModelState
+        The model.
+    layers : dict of int to LayerPlan or None
+        By the attention module's id.
+    keeps, kept_bytes
+        As in `ActiveStep`.
+    """
 
     model: ModelState
     layers: dict[int, LayerPlan | None] = field(default_factory=dict)
+    keeps: Plan | None = None
+    kept_bytes: int = 0
 
 
 def learn(step: ActiveStep, call: Call, taken: Taken) -> None:
@@ -120,11 +137,14 @@ def settle_plan(step: ActiveStep, *, has_rows: bool) -> None:
         and len(plan.layers) == len(step.taken)
         and None not in plan.layers.values()
     )
-    if entry.plan is None and plain:
+    if entry.plan is None and plan is not None and plain:
+        plan.keeps, plan.kept_bytes = step.keeps, step.kept_bytes
         entry.plan = plan
 
 
-def next_step(entry: CacheEntry, cache: Any, kwargs: dict[str, Any]) -> ActiveStep | None:
+def next_step(
+    entry: CacheEntry, cache: Any, kwargs: dict[str, Any], keeper: Keeper
+) -> ActiveStep | None:
     """The step that a model is called for; None where it must be looked at the general way.
 
     Parameters
@@ -135,6 +155,8 @@ def next_step(entry: CacheEntry, cache: Any, kwargs: dict[str, Any]) -> ActiveSt
         As the model is given it.
     kwargs : dict
         All that the model is given.
+    keeper : Keeper
+        Says whether the trace has room for as much again.
     """
     plan, past, ids = entry.plan, entry.slots, kwargs.get("input_ids")
     if (
@@ -145,6 +167,7 @@ def next_step(entry: CacheEntry, cache: Any, kwargs: dict[str, Any]) -> ActiveSt
         or ids.shape != (1, 1)
         or cache.get_seq_length() != past
         or not _shows(kwargs.get("attention_mask"), past)
+        or not keeper.repeat(plan.keeps, plan.kept_bytes)
     ):
         return None
     started = time.time_ns()
@@ -154,6 +177,7 @@ def next_step(entry: CacheEntry, cache: Any, kwargs: dict[str, Any]) -> ActiveSt
     record = StepRecord("decode", 1, 1, started, sequences=(sequence,), token_ids=[ids.item()])
     step = ActiveStep(plan.model, record, 1, 1, past, cache, entry, _ONE, None)
     step.plan = plan
+    step.keeps, step.kept_bytes = plan.keeps, plan.kept_bytes
     return step
 
 

@@ -10,14 +10,14 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 
 from kvtrace_recorder.messages import LayerRows, StepBatch
 from kvtrace_recorder.pipeline import Pipeline
-from kvtrace_recorder.session.copies import DTYPES, LayerParts
+from kvtrace_recorder.session.copies import LayerParts, RowChoice
 from kvtrace_recorder.session.requests import CacheEntry
 from kvtrace_recorder.session.step import ActiveStep, Taken
+from kvtrace_recorder.taps.keep import DTYPES
 from kvtrace_recorder.writer.slabs import Slab
 
 #: Steps of one batch, at most.
@@ -39,6 +39,7 @@ class Held:
         return (
             len(self.steps) < STEPS
             and not step.record.forks
+            and step.keeps == first.keeps
             and step.model is first.model
             and step.cache is first.cache
             and step.batch == first.batch
@@ -55,17 +56,16 @@ class Held:
                 continue
             parts = self.layers.get(number)
             if parts is None:
-                parts = self.layers[number] = LayerParts(taken.spec, taken.sinks)
+                parts = LayerParts(taken.spec, taken.sinks, taken.kinds)
+                self.layers[number] = parts
             parts.add(taken, step.length)
             step.taken[number] = None
 
     @property
-    def keep(self) -> torch.Tensor | None:
-        """Indices of the tokens among all rows; None where there is no padding."""
+    def rows(self) -> RowChoice:
+        """Which rows are written."""
         whole = [step for step in self.steps if step.record.fault is None]
-        if all(step.keep is None for step in whole):
-            return None
-        return torch.as_tensor(np.flatnonzero(np.concatenate([s.real.ravel() for s in whole])))
+        return RowChoice.of(whole) if whole else RowChoice(0, None, 0, None)
 
 
 class HeldSteps:
@@ -109,13 +109,13 @@ class HeldSteps:
 
     def copy_now(self, step: ActiveStep, taken: Taken) -> None:
         """Copy one layer's rows of a large step."""
-        parts = LayerParts(taken.spec, taken.sinks)
+        parts = LayerParts(taken.spec, taken.sinks, taken.kinds)
         parts.add(taken, step.length)
         step.taken[taken.spec.layer] = None
-        rows = sum(sequence.count for sequence in step.record.sequences)
+        rows = RowChoice.of([step])
         nbytes = parts.nbytes(rows, self._dtype)
         if not nbytes:
-            step.layers.append(LayerRows(taken.spec, None, None, None, None))
+            step.layers.append(LayerRows(taken.spec))
             return
         expected = len(step.model.expected.get(step.half, ()))
         # Rows of an encoder that wait for this step would wait forever, were it to wait for room.
@@ -126,7 +126,7 @@ class HeldSteps:
             self._refuse([step])
             return
         step.slabs.append(slab)
-        step.layers.append(parts.copy(slab, rows, step.keep, self._dtype))
+        step.layers.append(parts.copy(slab, rows, self._dtype))
 
     def give_up(self, step: ActiveStep) -> None:
         """The rows of a large step will not be sent."""
@@ -162,10 +162,10 @@ class HeldSteps:
 
     def _send(self, held: Held) -> None:
         batch = StepBatch(held.steps[0].model.info.key, [step.record for step in held.steps])
-        rows = batch.num_rows
+        rows = held.rows
         nbytes = sum(parts.nbytes(rows, self._dtype) for parts in held.layers.values())
-        if not rows or not nbytes:
-            batch.layers = [LayerRows(x.spec, None, None, None, None) for x in held.layers.values()]
+        if not rows.count or not nbytes:
+            batch.layers = [LayerRows(x.spec) for x in held.layers.values()]
             self._put(batch, [])
             return
         slab = self._pipeline.reserve(nbytes)
@@ -173,9 +173,8 @@ class HeldSteps:
             self._refuse(held.steps)
             self._put(batch, [])
             return
-        keep = held.keep
         with torch.no_grad():
-            batch.layers = [x.copy(slab, rows, keep, self._dtype) for x in held.layers.values()]
+            batch.layers = [x.copy(slab, rows, self._dtype) for x in held.layers.values()]
         self._put(batch, [slab])
 
     def _put(self, batch: StepBatch, slabs: list[Slab]) -> None:

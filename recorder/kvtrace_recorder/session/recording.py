@@ -17,6 +17,7 @@ from kvtrace_recorder.distributed import environment_launch, environment_rank
 from kvtrace_recorder.imports import AfterImport
 from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.pipeline import Pipeline
+from kvtrace_recorder.selection import MAX_BYTES, Numbers, Selection, parse_selection
 from kvtrace_recorder.session import active
 from kvtrace_recorder.session.versions import library_versions
 from kvtrace_recorder.tokens.texts import TokenTexts
@@ -35,6 +36,10 @@ def record(
     *,
     detail: str = "qkv",
     dtype: str = "float16",
+    layers: Numbers = None,
+    heads: Numbers = None,
+    queries: str = "all",
+    max_bytes: int | str | None = MAX_BYTES,
     tokenizer: Any = None,
     force: bool = False,
     strict: bool = False,
@@ -60,10 +65,20 @@ def record(
         runs in this process while the block does, from its first forward pass on.
     path : path-like
         The trace directory to make, usually `NAME.kvtrace`.
-    detail : {"qkv", "qk", "events"}
-        Queries, keys and values; without values; or tokens, steps and cache events only.
+    detail : {"qkv", "qk", "summary", "events"}
+        Queries, keys and values; without values; norms of each key and value and the attention
+        that each key of a prompt received; or tokens, steps and cache events only.
     dtype : {"float16", "float32"}
         Storage type of q, k and v.
+    layers, heads : str or sequence of int, optional
+        Only these layers, and only these KV heads of each with their query heads: "0,4-7".
+    queries : str
+        Of a prompt only these queries: "last=64", "every=8" or "all". Every later token's is kept.
+        Where some are left out, what each key received from all of them is computed and kept.
+    max_bytes : int or str, optional
+        Bytes of rows before compression, such as "4GiB" (of each recording process); None is no
+        limit. While the trace grows, less of each step is kept, each change noted in table `gaps`;
+        the rule is `kvtrace_recorder.session.keeping`'s.
     tokenizer : transformers tokenizer, optional
         Gives tokens their text; by default the model's own where it lies on this machine.
     force : bool
@@ -96,7 +111,8 @@ def record(
         On entering, where `path` exists and may not be replaced or joined, or another recording
         runs.
     InputError
-        For an unknown detail, dtype or on_full, and for a model that is none of transformers'.
+        For an unknown detail, dtype, selection or on_full, and for a model that is none of
+        transformers'.
     """
     check_choice("detail", detail, DETAIL_ARRAYS)
     check_choice("dtype", dtype, ("float16", "float32"))
@@ -109,6 +125,7 @@ def record(
         Path(path).absolute(),
         detail=detail,
         dtype=dtype,
+        selection=parse_selection(layers, heads, queries, max_bytes),
         texts=TokenTexts(tokenizer),
         force=force,
         strict=strict,
@@ -131,6 +148,7 @@ class Recording:
         *,
         detail: str,
         dtype: str,
+        selection: Selection,
         texts: TokenTexts,
         force: bool,
         strict: bool,
@@ -145,7 +163,7 @@ class Recording:
         #: Set to False inside the block where what ran did not reach its end.
         self.complete = True
         self._model = model
-        self._detail, self._dtype = detail, dtype
+        self._detail, self._dtype, self._selection = detail, dtype, selection
         self._texts = texts
         self._force, self._strict = force, strict
         self._on_full, self._queue_bytes, self._progress = on_full, queue_bytes, progress
@@ -259,6 +277,7 @@ class Recording:
                     "command": list(self._command),
                     "detail": self._detail,
                     "dtype": self._dtype,
+                    "selection": self._selection.to_json(),
                     "force": self._force,
                     "versions": library_versions(),
                     "pid": os.getpid(),
@@ -297,6 +316,7 @@ class Recording:
                 self._open,
                 detail=self._detail,
                 dtype=self._dtype,
+                selection=self._selection,
                 strict=self._strict,
             )
             for patch in taps.patches(self._session):

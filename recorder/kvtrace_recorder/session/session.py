@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 
 from kvtrace.errors import KvtraceError
-from kvtrace.layout import DETAIL_ARRAYS
-from kvtrace_recorder.messages import CacheChange, CacheEvent, Gap, Sequenced, StepRecord
+from kvtrace_recorder.messages import CacheChange, CacheEvent, Gap, Message, Sequenced, StepRecord
 from kvtrace_recorder.pipeline import Pipeline
+from kvtrace_recorder.selection import Selection
 from kvtrace_recorder.session.cache_sizes import cache_events, layer_size
 from kvtrace_recorder.session.changes import apply_change
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
@@ -28,6 +28,7 @@ from kvtrace_recorder.session.encoders import NOT_SEEN, EncoderRun, EncoderRuns
 from kvtrace_recorder.session.halves import ENCODER, Halves
 from kvtrace_recorder.session.held import HeldSteps
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
+from kvtrace_recorder.session.keeping import Keeper
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.plain import begin_unshaped, shape_step
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook, RequestState
@@ -52,6 +53,8 @@ class Session:
         Gives the pipeline that takes the steps: a process has none before it needs one.
     detail, dtype : str
         What is kept, and its storage type.
+    selection : Selection
+        And which of it.
     strict : bool
         Let the taps' errors through.
     """
@@ -63,6 +66,7 @@ class Session:
         *,
         detail: str,
         dtype: str,
+        selection: Selection,
         strict: bool,
     ) -> None:
         self.guard = TapGuard(strict=strict, report=self._report)
@@ -71,7 +75,7 @@ class Session:
         self.plain = None if model is None or _has_transformers(model) else model
         self._wanted = None if model is None else {id(module) for module in model.modules()}
         self._open_pipeline = open_pipeline
-        self._kinds = DETAIL_ARRAYS[detail]
+        self.keeper = Keeper(selection, detail=detail, dtype=dtype, note=self._put)
         self._held = HeldSteps(open_pipeline, dtype)
         self._local = threading.local()
         self._models: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
@@ -110,7 +114,7 @@ class Session:
         """The step that runs in this thread, where its attention calls are wanted."""
         found: ActiveStep | None = getattr(self._local, "step", None)
         # Where only events are kept, the first step says what the layers are.
-        if found is None or not (self._kinds or found.half not in found.model.expected):
+        if found is None or not (self.keeper.has_rows or found.half not in found.model.expected):
             return None
         return found
 
@@ -193,9 +197,11 @@ class Session:
         try:
             if not step.batch:
                 shape_step(self, step, call)
-            taken = take_rows(step, call, self._kinds)
+            taken = take_rows(step, call, self.keeper)
         except UnrecordableError as error:
             step.record.fault = str(error)
+            return
+        if taken is None:
             return
         if step.is_large:
             self._held.copy_now(step, taken)
@@ -223,7 +229,7 @@ class Session:
         if entry.encoder is not None:
             record.fault = record.fault or entry.encoder.lost
         self._submit(step)
-        settle_plan(step, has_rows=bool(self._kinds))
+        settle_plan(step, has_rows=self.keeper.has_rows)
         entry.slots = step.past + step.length
         entry.steps += 1
         if cache is None:
@@ -320,7 +326,7 @@ class Session:
         entry = None if cache is None else self._book.find(cache)
         if entry is None or entry.plan is None or self.guard.silent:
             return None
-        return next_step(entry, cache, kwargs)
+        return next_step(entry, cache, kwargs, self.keeper)
 
     def _find_encoder(self, model: ModelState, entry: CacheEntry, states: Any) -> None:
         found = self._encoders.find(model.info.key, states)
@@ -399,7 +405,7 @@ class Session:
 
     def _differing_layers(self, step: ActiveStep) -> str | None:
         found, expected = step.taken.keys(), step.model.expected
-        if not self._kinds and step.half in expected:
+        if not self.keeper.has_rows and step.half in expected:
             return None
         if step.half not in expected:
             silent = self.guard.silent.get("attention")
@@ -419,6 +425,8 @@ class Session:
         if found is None:
             found = self._models[module] = ModelState(next(self._keys), module)
             self._pipeline.put(found.info)
+            if problem := self.keeper.unknown_layers(found.info.columns):
+                self.note_once(problem)
         return found
 
     def _report(self, tap: str, reason: str) -> None:
@@ -427,6 +435,9 @@ class Session:
         except (KvtraceError, OSError) as error:
             # What the tap met was that the trace cannot be made.
             print(f"kvtrace: not recorded: {error}", file=sys.stderr)
+
+    def _put(self, message: Message) -> None:
+        self._pipeline.put(message)
 
     def note_once(self, reason: str) -> None:
         """Note in the trace what it does not hold, once a recording."""

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import LayerRows, StepRecord
+from kvtrace_recorder.session.keeping import Plan
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import Bools, CacheEntry
 from kvtrace_recorder.writer.slabs import Slab
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.decode import DecodePlan
+    from kvtrace_recorder.taps.keep import Sums
 
 #: Steps of more rows than this are large.
 LARGE_ROWS = 64
@@ -50,7 +52,11 @@ class Taken:
     hold : Hold
         What becomes of k and v after the step.
     sinks : torch.Tensor or None
-        [q_head].
+        [q_head] of the kept heads.
+    kinds : frozenset of str
+        What is written of the rows: of q, k, v, key_norm, value_norm.
+    sums : Sums or None
+        What was computed of the rows.
     """
 
     spec: LayerSpec
@@ -60,6 +66,8 @@ class Taken:
     first: int
     hold: Hold
     sinks: torch.Tensor | None
+    kinds: frozenset[str]
+    sums: Sums | None = None
 
 
 @dataclass
@@ -90,6 +98,10 @@ class ActiveStep:
         Rows that are copied already: those of large steps.
     slabs : list of Slab
         Where they stand.
+    keeps : Plan or None
+        What the step keeps; decided at its first attention call.
+    kept_bytes : int
+        What that takes in the trace.
     tap_ns : int
         Time spent in taps, which is not the model's.
     checked : set
@@ -126,6 +138,8 @@ class ActiveStep:
     taken: dict[int, Taken | None] = field(default_factory=dict)
     layers: list[LayerRows] = field(default_factory=list)
     slabs: list[Slab] = field(default_factory=list)
+    keeps: Plan | None = None
+    kept_bytes: int = 0
     tap_ns: int = 0
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     is_packed: bool = False
@@ -137,6 +151,12 @@ class ActiveStep:
     plan: DecodePlan | None = None
     half: str | None = None
     cross_cache: Any = None
+
+    @property
+    def kept_queries(self) -> Bools:
+        """[row] of bool: which of the tokens keep their query."""
+        kept = self.record.queries
+        return np.ones(int(self.real.sum()), bool) if kept is None else kept
 
     @property
     def is_large(self) -> bool:

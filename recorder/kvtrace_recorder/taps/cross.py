@@ -7,13 +7,15 @@ import torch
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.session.encoders import EncoderRun
+from kvtrace_recorder.session.keeping import Keeper
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.guard import UnrecordableError
+from kvtrace_recorder.taps.keep import kinds_of
 from kvtrace_recorder.taps.masks import is_check_due, seen_keys
 
 
-def take_cross(step: ActiveStep, call: Call, spec: LayerSpec, kinds: tuple[str, ...]) -> Taken:
+def take_cross(step: ActiveStep, call: Call, spec: LayerSpec, keeper: Keeper) -> Taken:
     """Take a cross-attention layer's queries; where its encoder's rows wait, their k and v too.
 
     Raises
@@ -31,8 +33,9 @@ def take_cross(step: ActiveStep, call: Call, spec: LayerSpec, kinds: tuple[str, 
             f" {run.real.shape[1]} tokens of an encoder"
         )
     _check_mask(step, call, spec, run, rows)
+    kinds = kinds_of(step, keeper, spec)
     q = call.q if "q" in kinds else None
-    found = Taken(spec, q, None, None, 0, Hold.FRESH, None)
+    found = Taken(spec, q, None, None, 0, Hold.FRESH, None, kinds & {"q"})
     if run.step is None:
         return found
     if missing := set(range(len(run.requests))) - set(rows):
@@ -40,8 +43,7 @@ def take_cross(step: ActiveStep, call: Call, spec: LayerSpec, kinds: tuple[str, 
     # Beams read copies of one row.
     first = torch.tensor([rows.index(row) for row in range(len(run.requests))])
     k, v = (x.index_select(0, first.to(x.device)) for x in (call.k, call.v))
-    kept = (k if "k" in kinds else None, v if "v" in kinds else None)
-    run.keys.append(Taken(spec, None, *kept, 0, Hold.FRESH, None))
+    run.keys.append(Taken(spec, None, k, v, 0, Hold.FRESH, None, kinds - {"q"}))
     return found
 
 

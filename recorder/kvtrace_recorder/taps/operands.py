@@ -9,11 +9,18 @@ from transformers.cache_utils import BaseQuantizedLayer, StaticLayer, StaticSlid
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.session.continuous import is_paged
+from kvtrace_recorder.session.keeping import Keeper
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.cross import take_cross
 from kvtrace_recorder.taps.guard import UnrecordableError
+from kvtrace_recorder.taps.keep import (
+    choose_heads,
+    kinds_of,
+    of_heads,
+    sum_rows,
+)
 from kvtrace_recorder.taps.masks import check_mask
 from kvtrace_recorder.taps.packed_masks import check_packed_mask
 
@@ -26,8 +33,13 @@ QUANTISED = (
 )
 
 
-def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...]) -> Taken:
-    """Take one layer's rows of the running step; nothing is copied.
+def take_rows(step: ActiveStep, call: Call, keeper: Keeper) -> Taken | None:
+    """Take what is kept of one layer's rows of the running step; nothing is copied.
+
+    Returns
+    -------
+    Taken or None
+        None for a layer that was not asked for.
 
     Raises
     ------
@@ -35,6 +47,8 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...]) -> Taken:
         Where the rows or what they attended to cannot be known.
     """
     layer = step.model.layer_of(call.module, call.nth)
+    if not keeper.asks(layer):
+        return None
     if layer in step.taken:
         raise UnrecordableError(f"layer {layer} attended twice in one step")
     q, length = call.q, step.length
@@ -43,10 +57,10 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...]) -> Taken:
             f"layer {layer} had queries of shape {tuple(q.shape)} in a step of"
             f" {step.batch} x {length} tokens"
         )
-    spec = _spec(step.model, layer, call)
+    spec = _spec(step.model, layer, call, keeper)
     index = step.model.cache_index(call.module, layer)
     if spec.attention_kind == "cross":
-        step.taken[layer] = found = take_cross(step, call, spec, kinds)
+        step.taken[layer] = found = take_cross(step, call, spec, keeper)
         return found
     first, offset = _new_keys(step, spec, index, call.k)
     if spec.sliding_window is not None and not step.is_contiguous:
@@ -55,23 +69,37 @@ def take_rows(step: ActiveStep, call: Call, kinds: tuple[str, ...]) -> Taken:
         check_packed_mask(step, call, spec)
     else:
         check_mask(step, call, spec, offset)
-    found = Taken(
-        spec,
-        q if "q" in kinds else None,
-        call.k if "k" in kinds else None,
-        call.v if "v" in kinds else None,
-        first,
-        _hold(step, index),
-        call.extra.get("s_aux"),
-    )
-    step.taken[layer] = found
+    found = step.taken[layer] = _take(step, call, keeper, spec, (first, offset, index))
     return found
 
 
-def _spec(model: ModelState, layer: int, call: Call) -> LayerSpec:
+def _take(
+    step: ActiveStep, call: Call, keeper: Keeper, spec: LayerSpec, where: tuple[int, int, int]
+) -> Taken:
+    """Given where the step's keys begin in k, the slot of k's first, and the layer in the cache."""
+    first, offset, index = where
+    kinds = kinds_of(step, keeper, spec)
+    sinks = call.extra.get("s_aux")
+    if sinks is not None:
+        sinks = of_heads(sinks[None, :, None], spec, queries=True)[0, :, 0]
+    return Taken(
+        spec,
+        call.q if "q" in kinds else None,
+        call.k if kinds & {"k", "key_norm"} else None,
+        call.v if kinds & {"v", "value_norm"} else None,
+        first,
+        _hold(step, index),
+        sinks,
+        kinds,
+        sum_rows(step, keeper, spec, call, offset, sinks) if kinds else None,
+    )
+
+
+def _spec(model: ModelState, layer: int, call: Call, keeper: Keeper) -> LayerSpec:
     known = model.specs.get(layer)
     if known is None:
-        known = model.specs[layer] = _describe_layer(model, layer, call)
+        whole = _describe_layer(model, layer, call)
+        known = model.specs[layer] = choose_heads(whole, keeper.selection.heads)
     return known
 
 

@@ -75,6 +75,7 @@ def router(context: Context) -> APIRouter:
                 f"no query {row} in request {request}; it has {source.num_tokens} tokens, "
                 "counted from 0"
             )
+        source.check_query(row)
         weights = source.block(np.array([row], np.int64), 0, source.num_keys)[0]
         return _binary(np.nan_to_num(weights).tobytes())
 

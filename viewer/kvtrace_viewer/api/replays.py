@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from kvtrace.cached import cached_layers, cached_requests, not_together
 from kvtrace.errors import InputError
+from kvtrace.model import number_text
 from kvtrace.trace import Trace
 from kvtrace_viewer.api.downloads import csv_response
 from kvtrace_viewer.context import Context
@@ -105,11 +106,12 @@ def _together_with(trace: Trace, request: int) -> list[int] | None:
 
 def check_kv_head(trace: Trace, request: int, layer: int, kv_head: int) -> None:
     """Refuse a layer or KV head that the request lacks."""
-    heads = {spec.layer: spec.num_kv_heads for spec in cached_layers(trace, [request])}
-    if not 0 <= kv_head < heads.get(layer, 0):
+    heads = {spec.layer: spec.kv_head_numbers for spec in cached_layers(trace, [request])}
+    if kv_head not in heads.get(layer, []):
         raise InputError(
-            f"no KV head {kv_head} in layer {layer}; the trace has layers 0 to {len(heads) - 1} "
-            f"with {max(heads.values(), default=0)} KV heads"
+            f"no KV head {kv_head} in layer {layer}; the trace has layers "
+            f"{number_text(list(heads))}, and layer {layer} KV heads "
+            f"{number_text(heads.get(layer, []))}"
         )
 
 
@@ -117,7 +119,7 @@ def sink_positions(
     context: Context, trace: Trace, request: int, layer: int, kv_head: int
 ) -> list[int]:
     """Find the sinks of a KV head; none where the trace holds no queries to tell by."""
-    if not {"q", "k", "lse"} <= trace.signals:
+    if not {"q", "k", "lse"} <= trace.holdings(request).layers.get(layer, frozenset()):
         return []
     group = next(s.group_size for s in trace.layers_of(request) if s.layer == layer)
     heads = range(kv_head * group, (kv_head + 1) * group)

@@ -50,16 +50,16 @@ window.kv = window.kv || {};
         const visit = mount(config);
         const info = config.requests[request];
         const layer = info.layers[Math.min(Number(layerIndex), info.layers.length - 1)];
+        const headIndex = Math.min(Number(head), layer.heads - 1);
         const chosen = {
-            trace: config.trace, request, layer: layer.layer,
-            head: Math.min(Number(head), layer.heads - 1),
+            trace: config.trace, request, layer: layer.layer, head: layer.head_numbers[headIndex],
         };
         const query = { ...chosen, scale };
         const before = visit.shown;
         visit.shown = { query, info, layer, pool };
-        kv.setQuery({ ...chosen, layer: layerIndex, scale, pool });
+        kv.setQuery({ ...chosen, layer: layerIndex, head: headIndex, scale, pool });
         visit.wall.show({ trace: config.trace, request, scale }, info, pool,
-            { layer: info.layers.indexOf(layer), head: chosen.head });
+            { layer: info.layers.indexOf(layer), head: headIndex });
         note(info);
         visit.map.pool = pool;
         const sameMap = before && JSON.stringify(before.query) === JSON.stringify(query);
@@ -75,7 +75,7 @@ window.kv = window.kv || {};
         }
         kv.say(STATUS, config.status === "recording"
             ? `This trace is still being recorded; ${kv.count(info.tokens)} tokens as of loading. Reload for more.`
-            : "", "info");
+            : info.missing, "info");
         try {
             const tokens = await tokensOf(config.trace, request);
             const keyTokens = await tokensOf(config.trace, String(layer.keys_of));

@@ -65,12 +65,13 @@ window.kv = window.kv || {};
             const heads = Math.max(1, ...this.request.layers.map((layer) => layer.heads));
             const room = this.canvas.parentElement.clientWidth - LABEL;
             const side = Math.min(MAX_SIDE, Math.max(MIN_SIDE, Math.floor(room / heads) - GAP));
-            return { heads, side, step: side + GAP };
+            const numbers = this.request.layers.find((layer) => layer.heads === heads)?.head_numbers ?? [0];
+            return { heads, numbers, side, step: side + GAP };
         }
 
         draw() {
             if (!this.request || !this.canvas.isConnected) return;
-            const { heads, side, step } = this.measure();
+            const { heads, numbers, side, step } = this.measure();
             const layers = this.request.layers;
             const context = kv.sizeCanvas(
                 this.canvas, LABEL + heads * step, LABEL + layers.length * step);
@@ -79,7 +80,7 @@ window.kv = window.kv || {};
             context.textBaseline = "middle";
             context.textAlign = "center";
             for (let head = 0; head < heads; head += side < 16 ? 4 : 1) {
-                this.label(context, head, LABEL + head * step + side / 2, LABEL / 2, head === this.selected.head);
+                this.label(context, numbers[head], LABEL + head * step + side / 2, LABEL / 2, head === this.selected.head);
             }
             layers.forEach((layer, index) => {
                 const y = LABEL + index * step;
@@ -128,7 +129,7 @@ window.kv = window.kv || {};
             const at = this.headAt(event);
             this.canvas.style.cursor = at ? "pointer" : "default";
             this.canvas.title = at
-                ? `layer ${this.request.layers[at.layer].layer}, head ${at.head}`
+                ? `layer ${this.request.layers[at.layer].layer}, head ${this.request.layers[at.layer].head_numbers[at.head]}`
                 : "";
         }
 

@@ -25,7 +25,7 @@ class HeadMap:
     layer
         The layer's data of one request; q, k and lse have to be there.
     head
-        Query head.
+        Query head, by the model's own number.
     """
 
     def __init__(self, layer: LayerData, head: int) -> None:
@@ -34,14 +34,23 @@ class HeadMap:
                 "this trace holds no queries; attention maps need q, k and lse; "
                 "record it with --detail qkv"
             )
-        self._spec, self._head = layer.spec, head
-        self._q = layer.q[:, head]
-        self._k = layer.k[:, head // layer.spec.group_size]
-        self._lse = layer.lse[:, head]
+        at = layer.spec.q_head_index(head)
+        self._spec, self._at = layer.spec, at
+        self._q = layer.q[:, at]
+        self._k = layer.k[:, at // layer.spec.group_size]
+        self._lse = layer.lse[:, at]
         self.num_tokens = len(self._q)
         #: As many, but in a cross layer those of the encoder.
         self.num_keys = len(self._k)
         self._both_ways = layer.spec.attention_kind in ("bidirectional", "cross")
+
+    def check_query(self, row: int) -> None:
+        """Refuse a query that was not kept."""
+        if not np.isfinite(self._lse[row]):
+            raise InputError(
+                f"query {row} was not kept in this trace; only some of the prompt's were; "
+                "record it with --queries all"
+            )
 
     def visible_stop(self, last_row: int) -> int:
         """One past the last key that queries up to `last_row` can see."""
@@ -54,7 +63,10 @@ class HeadMap:
         return self._spec.sliding_window is None and key_stop - 1 <= int(rows[0])
 
     def block(self, rows: NDArray[np.int64], key_start: int, key_stop: int) -> NDArray[np.float32]:
-        """Weights [row, key] of the query positions given; NaN where a query sees no key."""
+        """Weights [row, key] of the query positions given.
+
+        NaN where a query does not see a key, or was not kept.
+        """
         keys = np.arange(key_start, key_stop, dtype=np.int64)
         found = attention.weights(
             self._q[rows],
@@ -63,7 +75,7 @@ class HeadMap:
             rows,
             keys,
             self._spec,
-            self._head,
+            self._at,
         )
         if not self._sees_all(rows, key_stop):
             found[~attention.visible(rows, keys, self._spec)] = np.nan
@@ -89,23 +101,23 @@ class LayerCache:
 
     def head_maps(self, trace: Trace, request: int, layer: int) -> list[HeadMap]:
         """Give the maps of all query heads of a layer; raises as `head_map` does."""
-        check_head(trace, request, layer, 0)
+        check_head(trace, request, layer)
         data = self._layer(trace, request, layer)
-        return [HeadMap(data, head) for head in range(data.spec.num_q_heads)]
+        return [HeadMap(data, head) for head in data.spec.q_head_numbers]
 
     def _layer(self, trace: Trace, request: int, layer: int) -> LayerData:
         key = (identity(trace), request, layer)
         return self._layers.get(key, lambda: _without_values(trace.layer_data(layer, request)))
 
 
-def check_head(trace: Trace, request: int, layer: int, head: int) -> None:
+def check_head(trace: Trace, request: int, layer: int, head: int | None = None) -> None:
     """Refuse a layer or query head that the request lacks."""
-    heads = {spec.layer: spec.num_q_heads for spec in trace.layers_of(request)}
+    heads = {spec.layer: spec.q_head_numbers for spec in trace.layers_of(request)}
     if layer not in heads:
         raise InputError(f"no layer {layer}; the request has {number_text(sorted(heads))}")
-    if not 0 <= head < heads[layer]:
+    if head is not None and head not in heads[layer]:
         raise InputError(
-            f"no query head {head} in layer {layer}; it has {heads[layer]}, counted from 0"
+            f"no query head {head} in layer {layer}; it has {number_text(heads[layer])}"
         )
 
 

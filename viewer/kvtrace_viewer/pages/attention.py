@@ -28,7 +28,7 @@ from kvtrace_viewer.derived.marks import HEAVY_FACTOR, SINK_DISTANCE, SINK_SHARE
 from kvtrace_viewer.derived.tiles import rows_read_per_thumb_cell, thumb_cells
 from kvtrace_viewer.pages.common import (
     choose_request,
-    number_options,
+    numbered,
     one_of,
     request_options,
     with_trace,
@@ -87,7 +87,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     lengths = {one.request: one.tokens for one in requests}
     request = choose_request(requests, query.get("request"))
     layers = trace.layers_of(request.request)
-    num_heads = max((layer.num_q_heads for layer in layers), default=0)
+    head_numbers = max((layer.q_head_numbers for layer in layers), key=len, default=[])
     config = {
         "trace": trace_id,
         "status": trace.status,
@@ -96,10 +96,12 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
                 "tokens": one.tokens,
                 "thumb_cells": thumb_cells(one.tokens),
                 "thumb_rows": rows_read_per_thumb_cell(one.tokens),
+                "missing": missing_queries(trace, one),
                 "layers": [
                     {
                         "layer": layer.layer,
                         "heads": layer.num_q_heads,
+                        "head_numbers": layer.q_head_numbers,
                         "kv_heads": layer.num_kv_heads,
                         "causal": layer.attention_kind in ("full", "sliding"),
                         "window": layer.sliding_window,
@@ -116,20 +118,40 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
         "view": {name: query.get(name) for name in ("x", "y", "span")},
     }
     layer_index = within(query.get("layer"), len(layers))
-    head = within(query.get("head"), num_heads)
+    head = within(query.get("head"), len(head_numbers))
     return [
-        toolbar(requests, str(request.request), len(layers), num_heads, layer_index, head, query),
+        toolbar(
+            requests,
+            str(request.request),
+            [layer.layer for layer in layers],
+            head_numbers,
+            layer_index,
+            head,
+            query,
+        ),
         status_line("attention-status"),
         html.Div([heads(), map_panel(), pointer()], className="kv-attention"),
         dcc.Store(id="attention-config", data=config),
     ]
 
 
+def missing_queries(trace: Trace, request: Request) -> str:
+    """What to say of a request whose rows are not all there; empty where they are."""
+    held = trace.holdings(request.request)
+    missing = int((~held.queries).sum())
+    if not missing:
+        return ""
+    return (
+        f"{missing:,} of {request.tokens:,} queries were not kept (of the prompt's: "
+        f"{held.query_text}): their rows stay empty, and marks are told by the others."
+    )
+
+
 def toolbar(
     requests: Sequence[Request],
     request: str,
-    num_layers: int,
-    num_heads: int,
+    layer_numbers: list[int],
+    head_numbers: list[int],
     layer: int,
     head: int,
     query: dict[str, str],
@@ -145,11 +167,11 @@ def toolbar(
             ),
             field(
                 "Layer",
-                select("attention-layer", number_options(num_layers), str(layer), 76, "Layer"),
+                select("attention-layer", numbered(layer_numbers), str(layer), 76, "Layer"),
             ),
             field(
                 "Head",
-                select("attention-head", number_options(num_heads), str(head), 76, "Query head"),
+                select("attention-head", numbered(head_numbers), str(head), 76, "Query head"),
             ),
             field("Colour", segmented("attention-scale", SCALES, scale)),
             field(

@@ -78,9 +78,9 @@ def request_options(requests: Sequence[Request]) -> list[dict[str, str]]:
     ]
 
 
-def number_options(count: int) -> list[str]:
-    """The numbers below `count`, for a drop-down."""
-    return [str(number) for number in range(count)]
+def numbered(numbers: Sequence[int]) -> list[dict[str, str]]:
+    """Layers or heads by their numbers, for a drop-down whose values are their places."""
+    return [{"value": str(at), "label": str(number)} for at, number in enumerate(numbers)]
 
 
 def within(text: Any, count: int, fallback: int = 0) -> int:

@@ -31,11 +31,9 @@ from kvtrace_viewer.figures.retained_mass import retained_mass
 from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
 from kvtrace_viewer.pages.common import (
     choose_request,
-    number_options,
     one_of,
     request_options,
     with_trace,
-    within,
 )
 
 PATH = "/replay"
@@ -116,7 +114,8 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     request = choose_request(requests, query.get("request"))
     layers = cached_layers(trace, [request.request])
     numbers = tuple(str(layer.layer) for layer in layers) or ("0",)
-    num_heads = max((layer.num_kv_heads for layer in layers), default=0)
+    heads = max((layer.kv_head_numbers for layer in layers), key=len, default=[0])
+    head_numbers = tuple(map(str, heads))
     rows = in_order(replay_rows(trace))
     chosen = chosen_replays(rows, query.get("replays"))
     config = {
@@ -156,8 +155,8 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
                     "KV head",
                     select(
                         "replay-head",
-                        number_options(num_heads),
-                        str(within(query.get("head"), num_heads)),
+                        list(head_numbers),
+                        one_of(query.get("head"), head_numbers, head_numbers[0]),
                         76,
                         "KV head",
                     ),
