@@ -102,13 +102,16 @@ def _record(options: dict[str, Any]) -> None:
 
 
 def _at_exit(call: Callable[[], None]) -> None:
-    # Plain atexit is too late: by then zarr may start no thread any more. This is the list on
-    # which concurrent.futures itself stands; the last to register is called first.
+    # Plain atexit does not run in the children of multiprocessing. This is the list on which
+    # concurrent.futures itself stands; the last to register is called first.
     register = getattr(threading, "_register_atexit", atexit.register)
     register(call)
 
 
 def _close(recording: Any) -> None:
+    from kvtrace_recorder.launch import wait_for_threads
+
+    wait_for_threads()
     # The interpreter leaves the exception that ended the program here.
     error = getattr(sys, "last_value", None)
     recording.__exit__(type(error) if error is not None else None, error, None)

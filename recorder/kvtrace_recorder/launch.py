@@ -16,6 +16,11 @@ from typing import Any
 
 from kvtrace.errors import InputError
 
+#: Where the standard library keeps the threads of its pools.
+_POOLS = {
+    "concurrent.futures.thread": "_threads_queues",
+    "concurrent.futures.process": "_threads_wakeups",
+}
 _OWN_FRAMES = (__file__, runpy.__file__, "<frozen runpy>")
 
 
@@ -107,9 +112,10 @@ def run_program(program: Program) -> Outcome:
     its exit status is returned. All that is put back afterwards.
     """
     held = sys.argv, sys.path[:], sys.modules["__main__"]
+    before = threading.enumerate()
     try:
         _run_as_main(program)
-        _join_threads()
+        wait_for_threads(before)
     except SystemExit as stop:
         return Outcome(_exit_status(stop.code), finished=True)
     except KeyboardInterrupt as error:
@@ -141,10 +147,22 @@ def _run_as_main(program: Program) -> None:
     exec(compile(source, file, "exec"), main.__dict__)  # noqa: S102 - the user's script
 
 
-def _join_threads() -> None:
-    # The interpreter waits for these when a script ends, and they may still run the model.
-    for thread in threading.enumerate():
-        if not thread.daemon and thread is not threading.current_thread():
+def wait_for_threads(before: Sequence[threading.Thread] = ()) -> None:
+    """Wait as the interpreter does when a program ends: its threads may still run the model.
+
+    Parameters
+    ----------
+    before : sequence of threading.Thread
+        Threads that are not the program's.
+    """
+    for name, workers in _POOLS.items():
+        module = sys.modules.get(name)
+        if module is not None and set(getattr(module, workers)) - set(before):
+            # Idle workers of a pool that nobody shut down end only when they are told.
+            module._python_exit()
+    known = {*before, threading.current_thread()}
+    while new := [x for x in threading.enumerate() if not x.daemon and x not in known]:
+        for thread in new:
             thread.join()
 
 

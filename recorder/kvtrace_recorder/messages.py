@@ -189,7 +189,7 @@ class StepRecord:
     Attributes
     ----------
     phase : str
-        prefill, decode, or mixed.
+        prefill, decode, mixed or train.
     batch_size : int
         Rows of the batch.
     num_tokens : int
@@ -210,6 +210,8 @@ class StepRecord:
         [row] of bool, the rows that keep their query; None where all do.
     fault : str or None
         Why the step's rows cannot be recorded; the step itself still is.
+    training_step : int or None
+        Optimizer steps taken before; None outside training.
     """
 
     phase: str
@@ -224,6 +226,7 @@ class StepRecord:
     caveat: str | None = None
     queries: Array | None = None
     fault: str | None = None
+    training_step: int | None = None
 
 
 @dataclass

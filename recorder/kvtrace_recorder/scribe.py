@@ -340,6 +340,7 @@ def _step_rows(first: int, model: int, steps: Sequence[StepRecord]) -> dict[str,
         "num_tokens": [step.num_tokens for step in steps],
         "started_ns": [step.started_ns for step in steps],
         "duration_ns": [step.duration_ns for step in steps],
+        "training_step": [step.training_step for step in steps],
     }
 
 

@@ -19,12 +19,13 @@ from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.selection import MAX_BYTES, Numbers, Selection, parse_selection
 from kvtrace_recorder.session import active
+from kvtrace_recorder.session.training import Training
 from kvtrace_recorder.session.versions import library_versions
 from kvtrace_recorder.tokens.texts import TokenTexts
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.session import Session
-    from kvtrace_recorder.taps.patch import Patch, PatchesAfterImport
+    from kvtrace_recorder.taps.patch import Restorable
 
 #: Bytes that may wait for the writer.
 QUEUE_BYTES = 256 << 20
@@ -169,11 +170,12 @@ class Recording:
         self._on_full, self._queue_bytes, self._progress = on_full, queue_bytes, progress
         self._command = command
         self._launch, self._on_fork = launch, on_fork
+        self._training = Training()
         self._pid: int | None = None
         self._opening = threading.RLock()
         self._pipeline: Pipeline | None = None
         self._session: Session | None = None
-        self._patches: list[Patch | PatchesAfterImport] = []
+        self._patches: list[Restorable] = []
         self._waiting: AfterImport | None = None
 
     @property
@@ -205,6 +207,39 @@ class Recording:
     def gaps(self) -> dict[str, int]:
         """What the trace does not hold: how much, by reason."""
         return dict(self._opened.status.reasons)
+
+    @property
+    def training_step(self) -> int:
+        """Optimizer steps taken before; set it where torch's optimizers do not tell.
+
+        By default the steps of torch's optimizers since the recording began are counted (of
+        several the busiest's). A loop that goes on from a checkpoint, or whose optimizer is none
+        of torch's, sets it at each step.
+        """
+        return self._training.step
+
+    @training_step.setter
+    def training_step(self, number: int) -> None:
+        self._training.step = number
+
+    def sample(self, every: int, sequences: int = 1) -> None:
+        """From here on, record samples of a training and nothing else.
+
+        Parameters
+        ----------
+        every : int
+            Of the training passes (model in training mode, gradients on) the first and every
+            N-th after it are recorded. Where `training_step` is set, the first pass of each
+            training step that N divides.
+        sequences : int
+            So many sequences of each recorded batch, from its first on, are kept.
+
+        Raises
+        ------
+        InputError
+            For numbers below 1.
+        """
+        self._training.sample(every, sequences)
 
     def __enter__(self) -> Self:
         if self._pid is not None:
@@ -318,6 +353,7 @@ class Recording:
                 dtype=self._dtype,
                 selection=self._selection,
                 strict=self._strict,
+                training=self._training,
             )
             for patch in taps.patches(self._session):
                 self._patches.append(patch)

@@ -33,6 +33,7 @@ from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.plain import begin_unshaped, shape_step
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook, RequestState
 from kvtrace_recorder.session.step import ActiveStep
+from kvtrace_recorder.session.training import Training
 from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
 from kvtrace_recorder.taps.masks import token_mask
@@ -57,6 +58,8 @@ class Session:
         And which of it.
     strict : bool
         Let the taps' errors through.
+    training : Training
+        Says which passes are recorded while a model is trained.
     """
 
     def __init__(
@@ -68,7 +71,9 @@ class Session:
         dtype: str,
         selection: Selection,
         strict: bool,
+        training: Training,
     ) -> None:
+        self.training = training
         self.guard = TapGuard(strict=strict, report=self._report)
         self.pid = os.getpid()
         #: The model to record where it is none of transformers' and contains none.
@@ -138,6 +143,11 @@ class Session:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ActiveStep | None:
         """A model is about to run; None where it is none that can be recorded."""
+        if not self.is_inside_call:
+            self.training.begin_pass(module)
+        if not self.training.is_taken:
+            return None
+        self._note_skipped()
         self._send_ended()
         step = self._next_of_run(kwargs) if not args else None
         if step is not None:
@@ -284,6 +294,7 @@ class Session:
 
     def finish(self) -> None:
         """Send what is left; the taps are gone."""
+        self._note_skipped()
         for run in self._encoders.close():
             self._release(run, read=False)
         self._held.flush_all()
@@ -299,13 +310,17 @@ class Session:
         self, model: ModelState, inputs: StepInputs, entry: CacheEntry, real: Bools
     ) -> ActiveStep:
         """A step over the tokens of `inputs`, of which `real` are no padding."""
+        trains, num_tokens = self.training.trains, 0
+        if trains:
+            num_tokens, real = int(real.sum()), self._first_sequences(real)
         entry.real = np.concatenate([entry.real[:, : inputs.past], real], axis=1)
         whole = bool(real.all())
         counts = [inputs.length] * inputs.batch if whole else real.sum(axis=1).tolist()
         record = StepRecord(
-            phase="decode" if inputs.is_decode else "prefill",
+            phase="train" if trains else "decode" if inputs.is_decode else "prefill",
             batch_size=inputs.batch,
-            num_tokens=sum(counts),
+            num_tokens=num_tokens if trains else sum(counts),
+            training_step=self.training.step if trains else None,
             started_ns=time.time_ns(),
             forks=entry.forks(),
             sequences=[
@@ -327,6 +342,19 @@ class Session:
         if entry is None or entry.plan is None or self.guard.silent:
             return None
         return next_step(entry, cache, kwargs, self.keeper)
+
+    def _first_sequences(self, real: Bools) -> Bools:
+        """The tokens that are kept of a training batch."""
+        kept = self.training.sequences
+        if kept is None or kept >= len(real):
+            return real
+        reason = f"sampled: the first {kept} of a training batch are recorded"
+        self._pipeline.put(Gap("sequences", len(real) - kept, reason))
+        return np.asarray(real & (np.arange(len(real)) < kept)[:, None])
+
+    def _note_skipped(self) -> None:
+        if skipped := self.training.skipped():
+            self._pipeline.put(skipped)
 
     def _find_encoder(self, model: ModelState, entry: CacheEntry, states: Any) -> None:
         found = self._encoders.find(model.info.key, states)

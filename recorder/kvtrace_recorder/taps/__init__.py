@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.session import Session
-    from kvtrace_recorder.taps.patch import Patch, PatchesAfterImport
+    from kvtrace_recorder.taps.patch import Restorable
 
 
-def patches(session: Session) -> list[Patch | PatchesAfterImport]:
+def patches(session: Session) -> list[Restorable]:
     """The patches of all taps, in the order to apply them."""
     # Imported here: the taps need transformers, and nothing is imported before the user does.
     from kvtrace_recorder.taps import (
@@ -19,6 +19,7 @@ def patches(session: Session) -> list[Patch | PatchesAfterImport]:
         model_forward,
         multihead,
         offload,
+        optimizer,
         paged_cache,
         sdpa,
         serving,
@@ -35,5 +36,6 @@ def patches(session: Session) -> list[Patch | PatchesAfterImport]:
         *paged_cache.patches(session),
         *generate.patches(session),
         *serving.patches(session),
+        *optimizer.patches(session),
         *model_forward.patches(session),
     ]

@@ -29,6 +29,7 @@ def patches(session: Session) -> list[Patch]:
             if (
                 torch.compiler.is_compiling()
                 or os.getpid() != session.pid
+                or _is_recomputing()
                 or not session.guard.run(NAME, session.begins_step, self)
             ):
                 return original(self, *args, **kwargs)
@@ -38,6 +39,11 @@ def patches(session: Session) -> list[Patch]:
 
     classes = [PreTrainedModel] if session.plain is None else [type(session.plain)]
     return [Patch(owner, "__call__", make) for owner in classes]
+
+
+def _is_recomputing() -> bool:
+    """Whether a backward pass runs a checkpointed part of the model once more."""
+    return bool(torch._C._current_graph_task_id() >= 0)
 
 
 def _observed(

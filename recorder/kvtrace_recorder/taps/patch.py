@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from kvtrace_recorder.imports import AfterImport
 
 _ABSENT = object()
+
+
+class Restorable(Protocol):
+    """What a tap changes in a process, and can put back."""
+
+    def apply(self) -> None:
+        """Change it."""
+
+    def restore(self) -> None:
+        """Put it back; nothing when not applied."""
 
 
 class Patch:
