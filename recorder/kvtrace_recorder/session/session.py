@@ -149,7 +149,7 @@ class Session:
             return None
         self._note_skipped()
         self._send_ended()
-        step = self._next_of_run(kwargs) if not args else None
+        step = None if args or self.training.trains else self._next_of_run(kwargs)
         if step is not None:
             return step
         half = self.halves.of(module)
