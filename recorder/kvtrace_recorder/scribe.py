@@ -153,8 +153,7 @@ class Scribe:
             self._histories.add_rows(request, row[share])
         for layer in batch.layers:
             self._write_layer(model, layer, shares, positions, has_query, steps[0][0])
-        missing = known - {layer.spec.layer for layer in batch.layers}
-        for number in missing if self._writer.has_rows else ():
+        for number in self._writer.awaited:
             # The other half of an encoder-decoder did not run.
             self._writer.append_layer(model, number)
 

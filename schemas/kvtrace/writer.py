@@ -233,6 +233,11 @@ class TraceWriter:
         """Keep an array without a row axis, such as the output projections `wo`."""
         self._store.put_static(name, values, axes)
 
+    @property
+    def awaited(self) -> list[int]:
+        """Layers whose rows of the current step have not come."""
+        return sorted(layer for _, layer in self._awaited)
+
     def append_layer(self, model: int, layer: int, **arrays: Array | None) -> None:
         """Add what one layer saw of the current step's n rows.
 

@@ -457,3 +457,19 @@ def test_training_is_recorded_without_changing_the_gradient(model: Any, tmp_path
     with record(model, tmp_path / "a.kvtrace", strict=True) as recording:
         assert torch.equal(gradient(), plain)
     assert (recording.rows, recording.gaps) == (6, {})
+
+
+def test_events_alone_hold_every_token_and_no_gap(model: Any, tmp_path: Path) -> None:
+    with record(model, tmp_path / "a.kvtrace", detail="events", strict=True) as recording:
+        greedy(model, max_new_tokens=80)
+        greedy(model)
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert (trace.status, [r.tokens for r in trace.requests()]) == ("complete", [85, 11])
+    assert len(trace.layers) == 2
+    assert trace.sql("select max(bytes) n from kv_events").to_pylist() == [
+        {"n": 85 * 2 * 2 * 8 * 4}
+    ]
+    # Every step of either layer makes it larger, the plain ones and those looked at closely.
+    grown = trace.sql("select count(*) n from kv_events where event = 'grow'")
+    assert grown.to_pylist() == [{"n": 2 * (80 + 6)}]
