@@ -36,10 +36,10 @@ def not_together(trace: Trace, requests: Sequence[int]) -> str | None:
     """Why some requests cannot be replayed into one result; None where they can."""
     models = {one.request: one.model for one in trace.requests()}
     if len({models[request] for request in requests}) > 1:
-        return "they are of several models, whose layers have the same numbers"
+        return "the requests are of several models"
     if not trace.table("forks").num_rows or not requests:
         return None
     rows = np.concatenate([trace.request_rows(request) for request in requests])
     if len(np.unique(rows)) < len(rows):
-        return "some share rows, and a result says of each row once when it was evicted"
+        return "some requests share rows, and a result says one eviction of each row"
     return None

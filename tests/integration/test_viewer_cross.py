@@ -131,16 +131,19 @@ def test_only_the_decoders_own_layers_are_replayed(folder: Path) -> None:
 
 def test_requests_that_share_rows_are_replayed_one_at_a_time(folder: Path) -> None:
     trace = kvtrace.open(folder / "beams.kvtrace")
-    with pytest.raises(InputError, match=r"requests 0-2 .* some share rows.*--request N"):
+    with pytest.raises(InputError, match=r"requests 0-2 .* some requests share rows.*--request N"):
         replay(trace, ["lru"], ["25%"], store=False)
-    assert all("one request at a time" in row["reason"] for row in replayable(trace))
+    assert all(
+        "with --request N, as some requests share rows" in row["reason"]
+        for row in replayable(trace)
+    )
     (result,) = replay(trace, ["lru"], ["25%"], requests=[1], when="step", store=False)
     assert result.tokens == TEXT + NEW - 1
 
 
 def test_models_are_replayed_one_at_a_time(folder: Path) -> None:
     trace = kvtrace.open(folder / "both.kvtrace")
-    with pytest.raises(InputError, match="of several models"):
+    with pytest.raises(InputError, match="the requests are of several models"):
         replay(trace, ["lru"], ["25%"], store=False)
     (result,) = replay(trace, ["lru"], ["25%"], requests=[1], when="stream", store=False)
     assert sorted(set(result.heads["layer"])) == [0, 1, 2]

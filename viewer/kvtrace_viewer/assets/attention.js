@@ -61,6 +61,7 @@ window.kv = window.kv || {};
         visit.wall.show({ trace: config.trace, request, scale }, info, pool,
             { layer: info.layers.indexOf(layer), head: headIndex });
         note(info);
+        listLayers(visit, request, info.layers);
         visit.map.pool = pool;
         const sameMap = before && JSON.stringify(before.query) === JSON.stringify(query);
         if (sameMap) {
@@ -93,6 +94,17 @@ window.kv = window.kv || {};
         } catch (error) {
             kv.say(STATUS, error.message);
         }
+    }
+
+    /* Requests of an encoder-decoder ran through different layers. */
+    function listLayers(visit, request, layers) {
+        if (visit.listed === request) return;
+        const first = visit.listed === undefined;
+        visit.listed = request;
+        if (first) return;
+        kv.setProps("attention-layer", {
+            data: layers.map((layer, place) => ({ value: String(place), label: String(layer.layer) })),
+        });
     }
 
     function viewOf(saved) {
@@ -274,7 +286,10 @@ window.kv = window.kv || {};
             return;
         }
         if (!marks.length) {
-            box.replaceChildren(kv.element("p", "kv-note", "None in this head."));
+            const { query, layer } = page.shown;
+            box.replaceChildren(kv.element("p", "kv-note", String(layer.keys_of) === query.request
+                ? "None in this head."
+                : "Both are about the keys of one sequence; in cross attention there are none."));
             return;
         }
         const rows = marks.slice(0, MAX_MARKS_LISTED).map((mark) => {

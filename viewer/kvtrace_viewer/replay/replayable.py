@@ -34,7 +34,7 @@ def replayable(trace: Trace) -> list[dict[str, str]]:
     apart = not_together(trace, numbers)
     found = [_row(layers, held, name, kind()) for name, kind in POLICIES.items()]
     for row in found if apart else ():
-        row["reason"] += f"; one request at a time: {apart}"
+        row["reason"] += f"; with --request N, as {apart}"
     return found
 
 
