@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.recording import Recording, record
+    from kvtrace_recorder.trainer import TraceCallback
 
-__all__ = ["Recording", "record"]
+__all__ = ["Recording", "TraceCallback", "record"]
 
 _HOMES = {
     "Recording": "kvtrace_recorder.session.recording",
+    "TraceCallback": "kvtrace_recorder.trainer",
     "record": "kvtrace_recorder.session.recording",
 }
 

@@ -18,9 +18,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvtrace_recorder.imports import AfterImport
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.recording import Recording
 
 VARIABLE = "KVTRACE_RECORD"
 INJECT = Path(__file__).parent / "inject"
@@ -34,7 +37,7 @@ def recorded_environment(options: Mapping[str, Any]) -> dict[str, str]:
     Parameters
     ----------
     options : mapping
-        Arguments of `record`, `path` and `launch` included.
+        As of `make_recording`.
     """
     held = os.environ.get("PYTHONPATH")
     return {
@@ -88,12 +91,29 @@ def start() -> None:
         AfterImport("transformers.modeling_utils", lambda: _record(json.loads(text))).install()
 
 
-def _record(options: dict[str, Any]) -> None:
-    from kvtrace.errors import KvtraceError
+def make_recording(options: Mapping[str, Any]) -> Recording:
+    """The recording of this process, to be entered.
+
+    Parameters
+    ----------
+    options : mapping
+        Arguments of `record`, `path` and `launch` included; and `sample_every`, a number or None.
+    """
     from kvtrace_recorder.session.recording import record
 
+    given = dict(options)
+    every = given.pop("sample_every")
+    recording = record(None, **given, on_fork=start)
+    if every is not None:
+        recording.sample(every)
+    return recording
+
+
+def _record(options: dict[str, Any]) -> None:
+    from kvtrace.errors import KvtraceError
+
     try:
-        recording = record(None, **options, on_fork=start)
+        recording = make_recording(options)
         recording.__enter__()
     except (KvtraceError, OSError) as error:
         print(f"kvtrace: not recorded: {error}", file=sys.stderr)

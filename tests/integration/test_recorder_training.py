@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import kvtrace
+from kvtrace.cli import main
 from kvtrace.errors import InputError
-from kvtrace_recorder import record
-
-Record = Callable[..., Any]
+from kvtrace_recorder import TraceCallback, record
 
 
 @pytest.fixture(autouse=True)
@@ -189,3 +195,85 @@ def test_numbers_below_one_are_refused(tmp_path: Path) -> None:
             recording.sample(every=0)
         with pytest.raises(InputError, match="sequences=0 was given"):
             recording.sample(every=1, sequences=0)
+
+
+def trainer(folder: Path, *callbacks: Any, **options: Any) -> Trainer:
+    given: dict[str, Any] = {
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "seed": 5,
+    }
+    data = [{"input_ids": ids, "labels": ids} for batch in batches(8) for ids in batch]
+    arguments = TrainingArguments(output_dir=str(folder / "out"), **{**given, **options})
+    return Trainer(
+        model=tiny(),
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data[:2],
+        callbacks=list(callbacks),
+    )
+
+
+def test_a_trainer_is_recorded_by_a_callback(tmp_path: Path) -> None:
+    plain = trainer(tmp_path)
+    loss = plain.train().training_loss
+    path = tmp_path / "run.kvtrace"
+    recorded = trainer(tmp_path, TraceCallback(path, every=3, strict=True, dtype="float32"))
+    assert recorded.train().training_loss == loss
+    for x, y in zip(plain.model.parameters(), recorded.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+    # Of two accumulated batches the first, of its two sequences the first; no evaluation.
+    assert steps_of(path) == [("train", step, 24) for step in (0, 3, 6)]
+    trace = kvtrace.open(path)
+    assert (trace.status, [r.tokens for r in trace.requests()]) == ("complete", [12, 12, 12])
+
+
+class _Fails(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, error: type[BaseException]) -> None:
+        self.error = error
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_training_that_is_cut_off_closes_its_trace(
+    error: type[BaseException], tmp_path: Path
+) -> None:
+    original = Trainer.train
+    callback = TraceCallback(tmp_path / "run.kvtrace", every=2)
+    with pytest.raises(error):
+        trainer(tmp_path, callback, _Fails(error)).train()
+    assert kvtrace.open(callback.path).status == "cut off"
+    assert [step for _, step, _ in steps_of(callback.path)] == [0, 2, 4]
+    # Nothing listens any more, and another recording may begin.
+    with record(tiny(), tmp_path / "next.kvtrace", strict=True):
+        pass
+    del callback
+    gc.collect()
+    assert Trainer.train is original
+
+
+def test_a_training_script_is_sampled_by_the_verb(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch\n"
+        "torch.set_num_threads(1)\n"
+        "from test_recorder_training import tiny, train\n"
+        "train(tiny(), steps=7)\n"
+    )
+    out = tmp_path / "run.kvtrace"
+    words = ["--out", str(out), "--sample-every", "3", "--", str(tmp_path / "train.py")]
+    assert main(["record", *words]) == 0
+    assert steps_of(out) == [("train", step, 48) for step in (0, 3, 6)]
+    assert kvtrace.open(out).rows == 3 * 12

@@ -27,14 +27,13 @@ from kvtrace.version import __version__
 from kvtrace_recorder.child import (
     VARIABLE,
     check_command,
+    make_recording,
     recorded_environment,
     run_command,
-    start,
 )
 from kvtrace_recorder.commands.options import add_recording_options, kept
 from kvtrace_recorder.commands.summary import summary
 from kvtrace_recorder.launch import Program, parse_program, run_program
-from kvtrace_recorder.session.recording import record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--strict", action="store_true", help="let an error in the recorder reach the program"
+    )
+    parser.add_argument(
+        "--sample-every",
+        metavar="N",
+        type=int,
+        help="of a training: record one pass in N, the first sequence of its batch, and no other",
     )
     parser.add_argument(
         "program",
@@ -71,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         **kept(args),
         "strict": args.strict,
         "on_full": args.on_full,
+        "sample_every": args.sample_every,
         "command": command,
     }
     if program is None:
@@ -94,7 +100,7 @@ def _run_here(program: Program, options: dict[str, Any]) -> int:
     before = dict(os.environ)
     os.environ.update(recorded_environment(options))
     try:
-        recording = record(None, **options, on_fork=start)
+        recording = make_recording(options)
         with recording:
             outcome = run_program(program)
             recording.complete = outcome.finished
