@@ -21,6 +21,7 @@ from kvtrace_recorder.messages import (
     LayerRows,
     Message,
     ModelInfo,
+    Outputs,
     Sequenced,
     StepBatch,
     StepRecord,
@@ -64,6 +65,7 @@ class Scribe:
         self._histories = Histories()
         self._buffers: dict[str, dict[str, list[Any]]] = {}
         self._gaps: dict[tuple[str, str], tuple[int | None, int]] = {}
+        self._samples: list[Outputs] = []
         self.reasons: dict[str, int] = {}
         self.steps = 0
         self.requests = 0
@@ -82,10 +84,25 @@ class Scribe:
         elif isinstance(message, CacheChange):
             self._buffer("kv_events", _event_rows(None, message.events))
             self._fork(message.forks)
+        elif isinstance(message, Outputs):
+            self._samples.append(message)
         elif isinstance(message, Ended):
             self._end(message)
         elif isinstance(message, Gap):
             self._note(message.what, message.count, message.reason, None)
+
+    def finish(self) -> None:
+        """Hand everything over, and compare the sampled outputs with what was written."""
+        self.flush()
+        if not self._samples or not self._writer.commit():
+            return
+        # What is read again is the trace as any reader will find it.
+        from kvtrace_recorder.verify import UNCOMPARED, compare
+
+        found = compare(self._writer.path, self._writer.rank, self._samples)
+        self._writer.append("verifications", found)
+        if not found["rows"]:
+            self._writer.add_gap("verifications", len(self._samples), UNCOMPARED)
 
     def commit(self) -> None:
         """Make everything written so far visible to readers."""

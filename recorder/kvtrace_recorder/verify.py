@@ -4,7 +4,7 @@ While recording, a sample of the outputs that the attention kernels returned is 
 recording ends they are computed again by the trace's own reader, from q, k, v and lse as they were
 written. So the whole way is checked: which rows and keys were taken, scale, window, softcap,
 sinks, rounding, and reading. A wrong scale shows as errors of tens of percent, float16 storage as
-about 1e-3.
+1e-3 to 1e-2.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import kvtrace
 from kvtrace import attention
 from kvtrace.errors import KvtraceError
 from kvtrace.model import LayerData
+from kvtrace.ranks import NUMBERS_PER_RANK
 from kvtrace_recorder.messages import Outputs
 
 Float = NDArray[np.float32]
@@ -40,34 +41,38 @@ class _Errors:
     found: list[Float] = field(default_factory=list)
 
 
-def compare(path: Path, samples: Sequence[Outputs]) -> Columns:
-    """Recompute the sampled outputs from a trace.
+def compare(path: Path, rank: int, samples: Sequence[Outputs]) -> Columns:
+    """Recompute the sampled outputs from a rank's part of a trace.
 
     Parameters
     ----------
     path : pathlib.Path
         The trace, with everything committed.
+    rank : int
+        The process that recorded them.
     samples : sequence of Outputs
-        What the kernels returned; `model` is the number in the trace.
+        What the kernels returned, by the process's own numbers.
 
     Returns
     -------
     dict
-        Columns of table `verifications`, one row for each model and layer that could be compared.
+        Columns of table `verifications`, one row for each model and layer that could be compared,
+        likewise by the process's own numbers.
     """
-    trace = kvtrace.open(path)
+    trace = kvtrace.open(path, rank=rank)
+    first = rank * NUMBERS_PER_RANK
     forked = set(trace.table("forks")["request"].to_pylist())
     errors: dict[tuple[int, int], _Errors] = {}
     for (layer, request), some in _by_layer(samples).items():
         # What a fork changed may have been sampled before it.
-        if request in forked:
+        if first + request in forked:
             continue
         try:
-            data = trace.layer_data(layer, request)
+            data = trace.layer_data(layer, first + request)
         except KvtraceError:
             # Its rows were dropped.
             continue
-        total = errors.setdefault((data.spec.model, layer), _Errors())
+        total = errors.setdefault((data.spec.model - first, layer), _Errors())
         for sample in some:
             found = _relative_errors(data, sample)
             total.rows += len(found)

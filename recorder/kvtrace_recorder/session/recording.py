@@ -17,7 +17,13 @@ from kvtrace_recorder.distributed import environment_launch, environment_rank
 from kvtrace_recorder.imports import AfterImport
 from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.pipeline import Pipeline
-from kvtrace_recorder.selection import MAX_BYTES, Numbers, Selection, parse_selection
+from kvtrace_recorder.selection import (
+    MAX_BYTES,
+    Numbers,
+    Selection,
+    check_verify,
+    parse_selection,
+)
 from kvtrace_recorder.session import active
 from kvtrace_recorder.session.training import Training
 from kvtrace_recorder.session.versions import library_versions
@@ -41,6 +47,7 @@ def record(
     heads: Numbers = None,
     queries: str = "all",
     max_bytes: int | str | None = MAX_BYTES,
+    verify: bool = False,
     tokenizer: Any = None,
     force: bool = False,
     strict: bool = False,
@@ -80,6 +87,9 @@ def record(
         Bytes of rows before compression, such as "4GiB" (of each recording process); None is no
         limit. While the trace grows, less of each step is kept, each change noted in table `gaps`;
         the rule is `kvtrace_recorder.session.keeping`'s.
+    verify : bool
+        When the recording ends, recompute a sample of attention outputs from the trace and compare
+        them with the model's own: the errors go to table `verifications`. Needs detail qkv.
     tokenizer : transformers tokenizer, optional
         Gives tokens their text; by default the model's own where it lies on this machine.
     force : bool
@@ -117,6 +127,7 @@ def record(
     """
     check_choice("detail", detail, DETAIL_ARRAYS)
     check_choice("dtype", dtype, ("float16", "float32"))
+    check_verify(verify, detail)
     check_choice("on_full", on_full, ("drop", "wait"))
     if model is not None:
         _check_model(model)
@@ -127,6 +138,7 @@ def record(
         detail=detail,
         dtype=dtype,
         selection=parse_selection(layers, heads, queries, max_bytes),
+        verify=verify,
         texts=TokenTexts(tokenizer),
         force=force,
         strict=strict,
@@ -150,6 +162,7 @@ class Recording:
         detail: str,
         dtype: str,
         selection: Selection,
+        verify: bool,
         texts: TokenTexts,
         force: bool,
         strict: bool,
@@ -165,6 +178,7 @@ class Recording:
         self.complete = True
         self._model = model
         self._detail, self._dtype, self._selection = detail, dtype, selection
+        self._verify = verify
         self._texts = texts
         self._force, self._strict = force, strict
         self._on_full, self._queue_bytes, self._progress = on_full, queue_bytes, progress
@@ -352,6 +366,7 @@ class Recording:
                 detail=self._detail,
                 dtype=self._dtype,
                 selection=self._selection,
+                verify=self._verify,
                 strict=self._strict,
                 training=self._training,
             )

@@ -32,6 +32,7 @@ from kvtrace_recorder.session.keeping import Keeper
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.plain import begin_unshaped, shape_step
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook, RequestState
+from kvtrace_recorder.session.samples import OutputSamples
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.session.training import Training
 from kvtrace_recorder.taps.call import Call, parse_call
@@ -56,6 +57,8 @@ class Session:
         What is kept, and its storage type.
     selection : Selection
         And which of it.
+    verify : bool
+        Put attention outputs aside, to be compared with the trace.
     strict : bool
         Let the taps' errors through.
     training : Training
@@ -70,6 +73,7 @@ class Session:
         detail: str,
         dtype: str,
         selection: Selection,
+        verify: bool,
         strict: bool,
         training: Training,
     ) -> None:
@@ -80,6 +84,7 @@ class Session:
         self.plain = None if model is None or _has_transformers(model) else model
         self._wanted = None if model is None else {id(module) for module in model.modules()}
         self._open_pipeline = open_pipeline
+        self.samples = OutputSamples(self._put) if verify else None
         self.keeper = Keeper(selection, detail=detail, dtype=dtype, note=self._put)
         self._held = HeldSteps(open_pipeline, dtype)
         self._local = threading.local()

@@ -120,6 +120,8 @@ class ActiveStep:
         Token ids of a step whose shape is not known yet.
     plan : DecodePlan or None
         What the step's attention calls look like; of a general one, what the next one's may.
+    is_sampled : bool or None
+        Whether outputs of its attention are put aside; None before its first call.
     half : str or None
         encoder or decoder, where the model has both.
     cross_cache : transformers Cache or None
@@ -149,6 +151,7 @@ class ActiveStep:
     projected: Sequence[torch.Tensor] | None = None
     ids: NDArray[np.int64] | None = None
     plan: DecodePlan | None = None
+    is_sampled: bool | None = None
     half: str | None = None
     cross_cache: Any = None
 

@@ -10,6 +10,7 @@ import torch
 from transformers.modeling_utils import AttentionInterface
 
 from kvtrace_recorder.session.session import Session
+from kvtrace_recorder.taps.call import parse_call
 from kvtrace_recorder.taps.patch import Patch
 
 NAME = "attention"
@@ -47,6 +48,9 @@ def _observed(session: Session, function: Callable[..., Any]) -> Callable[..., A
         if step is session.current:
             started = time.perf_counter_ns()
             session.guard.run(NAME, session.attention, step, args, kwargs)
+            if session.samples is not None and step.record.fault is None:
+                call = parse_call(args, kwargs)
+                session.guard.run("verify", session.samples.take, step, call, output)
             step.tap_ns += time.perf_counter_ns() - started
         return output
 

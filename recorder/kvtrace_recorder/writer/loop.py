@@ -84,7 +84,7 @@ def write_trace(source: Source, options: dict[str, Any]) -> None:
         source.opened()
         scribe = Scribe(writer)
         _drain(source, scribe, lambda: _update(status, writer, scribe))
-        scribe.flush()
+        scribe.finish()
         _update(status, writer, scribe)
         writer.close(complete=source.complete)
     except BaseException as error:  # noqa: BLE001 - the host goes on; the source reports it

@@ -27,7 +27,7 @@ def replayable(trace: Trace) -> list[dict[str, str]]:
 
     `policy`; `replay`, one of exactly, approximately (as a real run within what `exactness` says)
     and no; `exactness` as the policy decides in its paper, or `no`; and `reason`. A policy that
-    cannot be replayed at its own rhythm but right after the prompt says so.
+    cannot be replayed at its own rhythm but at another says which.
     """
     numbers = cached_requests(trace)
     held, layers = [trace.holdings(n) for n in numbers], cached_layers(trace, numbers)
@@ -42,7 +42,7 @@ def _row(
     layers: Sequence[Layer], held: Sequence[Holdings], name: str, policy: Policy
 ) -> dict[str, str]:
     problem = None
-    for rhythm in dict.fromkeys((policy.default_when, "prefill")):
+    for rhythm in dict.fromkeys((policy.default_when, "step", "prefill")):
         when = parse_when(rhythm)
         found = obstacle(layers, held, policy, when)
         if found is None:
