@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -10,13 +10,28 @@ from numpy.typing import NDArray
 from kvtrace.sequences import Fork, Ids, Sequences
 from kvtrace_recorder.lse import KeyHistory
 
+#: Keys of requests that have ended, and that others may begin with, held at most; beyond that
+#: they are read back from the trace when one does.
+DORMANT_BYTES = 128 << 20
+Parts = Mapping[int, NDArray[Any]]
+
 
 class Histories:
-    """Key histories by request and layer, which follow the requests' forks."""
+    """Key histories by request and layer, which follow the requests' forks.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    read : callable
+        Given a request and rows of it, their keys from the trace by layer:
+        [row, kv_head, head_dim].
+    """
+
+    def __init__(self, read: Callable[[int, Ids], Parts]) -> None:
         self._keys: dict[int, dict[int, KeyHistory]] = {}
         self._sequences = Sequences()
+        self._read = read
+        #: Bytes of the keys of dormant requests, the longest dormant first.
+        self._dormant: dict[int, int] = {}
 
     def of(self, request: int, layer: int) -> KeyHistory:
         """The history of a request in a layer; empty where there was none."""
@@ -44,8 +59,18 @@ class Histories:
                 history.extend(keys)
         self._sequences.fork(forks)
 
+    def rest(self, request: int) -> None:
+        """A request has ended, but others may begin with its tokens."""
+        layers = self._keys.get(request, {})
+        self._dormant[request] = sum(history.nbytes for history in layers.values())
+        while sum(self._dormant.values()) > DORMANT_BYTES:
+            oldest = next(iter(self._dormant))
+            del self._dormant[oldest]
+            self._keys.pop(oldest, None)
+
     def end(self, request: int) -> None:
         """Forget a request."""
+        self._dormant.pop(request, None)
         self._keys.pop(request, None)
         self._sequences.drop(request)
 
@@ -57,6 +82,9 @@ class Histories:
         differs = own[:count] != other[:count]
         return int(differs.argmax()) if differs.any() else count
 
-    def _parts(self, fork: Fork, start: int) -> dict[int, NDArray[Any]]:
-        histories = self._keys.get(fork.source, {})
-        return {n: history.part(start, fork.tokens) for n, history in histories.items()}
+    def _parts(self, fork: Fork, start: int) -> Parts:
+        histories = self._keys.get(fork.source)
+        if histories is not None:
+            return {n: history.part(start, fork.tokens) for n, history in histories.items()}
+        rows = self._sequences.rows(fork.source)[start : fork.tokens]
+        return self._read(fork.source, rows) if len(rows) else {}

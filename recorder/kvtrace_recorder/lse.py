@@ -48,6 +48,11 @@ class KeyHistory:
         self._keys[:, self.tokens : total] = keys.transpose(1, 0, 2)
         self.tokens = total
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, room to grow included."""
+        return 0 if self._keys is None else self._keys.nbytes
+
     def truncate(self, tokens: int) -> None:
         """Forget all but the first `tokens` tokens."""
         self.tokens = min(self.tokens, tokens)

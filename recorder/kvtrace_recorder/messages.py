@@ -291,6 +291,13 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class Dormant:
+    """Requests that have ended, while others may still begin with blocks of theirs: their keys."""
+
+    requests: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Ended:
     """Requests that will not go on: their cache is gone, or they never had one.
 
@@ -315,9 +322,10 @@ class Gap:
     reason: str
 
 
-Message = ModelInfo | Vocabulary | StepBatch | CacheChange | Outputs | Ended | Gap
+Message = ModelInfo | Vocabulary | StepBatch | CacheChange | Outputs | Dormant | Ended | Gap
 #: Every dataclass that a message may be or hold.
 MESSAGES: tuple[type, ...] = (
+    Dormant,
     ModelInfo,
     Vocabulary,
     LayerSpec,

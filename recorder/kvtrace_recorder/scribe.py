@@ -15,6 +15,7 @@ from kvtrace_recorder.lse import row_lse
 from kvtrace_recorder.messages import (
     CacheChange,
     CacheEvent,
+    Dormant,
     Ended,
     ForkedRequest,
     Gap,
@@ -62,7 +63,8 @@ class Scribe:
         self._texts: dict[str, dict[int, str | None]] = {}
         self._layered: dict[int, set[int]] = {}
         self._encoders: dict[int, int] = {}
-        self._histories = Histories()
+        self._histories = Histories(self._keys_of)
+        self._models_of: dict[int, int] = {}
         self._buffers: dict[str, dict[str, list[Any]]] = {}
         self._gaps: dict[tuple[str, str], tuple[int | None, int]] = {}
         self._samples: list[Outputs] = []
@@ -86,6 +88,9 @@ class Scribe:
             self._fork(message.forks)
         elif isinstance(message, Outputs):
             self._samples.append(message)
+        elif isinstance(message, Dormant):
+            for request in message.requests:
+                self._histories.rest(request)
         elif isinstance(message, Ended):
             self._end(message)
         elif isinstance(message, Gap):
@@ -168,6 +173,7 @@ class Scribe:
         shares = _shares(requests)
         for request, share in shares.items():
             self._histories.add_rows(request, row[share])
+            self._models_of[request] = model
         for layer in batch.layers:
             self._write_layer(model, layer, shares, positions, has_query, steps[0][0])
         for number in self._writer.awaited:
@@ -253,6 +259,10 @@ class Scribe:
                 self._note("lse", len(q), KEYS_GONE, number)
         return found[queries.has_query]
 
+    def _keys_of(self, request: int, rows: NDArray[np.int64]) -> dict[int, NDArray[Any]]:
+        self.commit()
+        return self._writer.read_back("k", self._models_of[request], rows)
+
     def _fork(self, forks: Sequence[ForkedRequest]) -> None:
         if not forks:
             return
@@ -289,6 +299,7 @@ class Scribe:
         count = len(message.requests)
         for request in message.requests:
             self._histories.end(request)
+            self._models_of.pop(request, None)
             self._encoders.pop(request, None)
         if message.freed_ns is not None:
             freed: dict[str, Iterable[Any]] = {name: [None] * count for name in _EVENT_COLUMNS} | {

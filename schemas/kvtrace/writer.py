@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace import database
+from kvtrace.arrays import RowArrayReader
 from kvtrace.errors import InputError
 from kvtrace.layout import DETAIL_ARRAYS, QUERY_ARRAYS, array_name, rank_directory
 from kvtrace.manifest import Manifest
 from kvtrace.ranks import claim_rank, make_trace, numbered
-from kvtrace.store import StoreWriter
+from kvtrace.store import StoreReader, StoreWriter
 from kvtrace.version import __version__
 
 Array = NDArray[Any]
@@ -44,6 +45,8 @@ ROW_ARRAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
 SUM_ARRAYS = frozenset({"received"})
 #: Why values of a float16 trace differ; infinities would make whole rows unusable.
 NARROWED = "beyond the range of float16, stored as its largest; record with dtype float32"
+#: Rows no further apart than this are read back in one go.
+NEAR = 256
 _AXIS_FIELD = {
     "q_head": "num_q_heads",
     "kv_head": "num_kv_heads",
@@ -298,6 +301,30 @@ class TraceWriter:
         row = {"ts_ns": time.time_ns(), "step": step, "what": what, "count": count}
         self.append("gaps", {name: [value] for name, value in {**row, "reason": reason}.items()})
 
+    def read_back(self, kind: str, model: int, rows: Rows) -> dict[int, Array]:
+        """Rows that were committed before, of every layer of a model that has them.
+
+        Parameters
+        ----------
+        kind : str
+            q, k, v or lse.
+        model : int
+            Its number.
+        rows : numpy.ndarray
+            int64.
+
+        Returns
+        -------
+        dict of int to numpy.ndarray
+            By layer: [row, head, width], in the order of `rows`.
+        """
+        store = StoreReader(self._store.directory)
+        return {
+            layer: _picked(store.array(array_name(kind, lane.group)), rows, lane.index)
+            for (owner, layer), lane in self._lanes.items()
+            if owner == model and store.has_array(array_name(kind, lane.group))
+        }
+
     def commit(self) -> bool:
         """Make everything appended so far visible; False in the middle of a step (nothing done)."""
         if self._awaited:
@@ -399,6 +426,14 @@ class TraceWriter:
         for lane in self._lanes.values():
             for kind in lane.kinds:
                 self._store.pad(array_name(kind, lane.group), lane.index, self.rows)
+
+
+def _picked(array: RowArrayReader, rows: Rows, lane: int) -> Array:
+    """Rows of one lane; those that stand near each other are read together."""
+    steps = np.diff(rows)
+    parts = np.split(rows, np.flatnonzero((steps < 0) | (steps > NEAR)) + 1)
+    found = [array.read(int(x[0]), int(x[-1]) + 1, lane)[x - x[0]] for x in parts if len(x)]
+    return np.concatenate(found) if found else np.empty((0, *array.shape[2:]), array.dtype)
 
 
 def directory_bytes(path: Path) -> int:

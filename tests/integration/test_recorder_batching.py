@@ -22,7 +22,8 @@ from transformers.modeling_utils import PreTrainedModel
 import kvtrace
 from kvtrace import Trace
 from kvtrace.block_tables import block_tables
-from kvtrace_recorder import record
+from kvtrace.writer import TraceWriter
+from kvtrace_recorder import histories, pipeline, record
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.paged_cache import PagedCacheState
 
@@ -279,6 +280,40 @@ def test_a_shared_prefix_begins_with_the_rows_of_the_request_that_computed_it(
     processed = trace.table("rows")["position"].to_pylist()
     assert processed.count(15) == 1
     assert processed.count(16) == 3
+
+
+def test_the_keys_of_an_ended_request_are_read_back_where_another_begins_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    read_back = TraceWriter.read_back
+
+    def counted(self: Any, kind: str, model: int, rows: Any) -> Any:
+        read.append(len(rows))
+        return read_back(self, kind, model, rows)
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no process, so that the writer runs in this one")
+
+    monkeypatch.setattr(pipeline, "WriterProcess", refused)
+    monkeypatch.setattr(histories, "DORMANT_BYTES", 0)
+    monkeypatch.setattr(TraceWriter, "read_back", counted)
+    model, results = build(), {}
+    with (
+        record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording,
+        model.continuous_batching_context_manager(
+            generation_config=sampling(), continuous_batching_config=batching()
+        ) as manager,
+    ):
+        for ids in prompts(23, 19, 22, shared=18):
+            name = manager.add_request(ids, eos_token_id=-1)
+            results[name] = manager.get_result(name, timeout=60)
+
+    assert recording.gaps == {}
+    assert read == [16, 16]
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    check_sequences(trace, results)
+    check_attention(trace, model)
 
 
 def test_the_children_of_a_request_begin_with_its_rows(

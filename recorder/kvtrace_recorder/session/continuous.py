@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-from kvtrace_recorder.messages import CacheChange, Ended, ForkedRequest, Gap, Sequenced, StepRecord
+from kvtrace_recorder.messages import (
+    CacheChange,
+    Dormant,
+    Ended,
+    ForkedRequest,
+    Gap,
+    Sequenced,
+    StepRecord,
+)
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.paged_cache import PagedCacheState
 from kvtrace_recorder.session.paged_requests import PagedRequest
@@ -59,7 +67,7 @@ class ContinuousBatches:
         with self._lock:
             found = self._caches.get(pool)
             if found is None:
-                found = PagedCacheState(self._book.next_number, self._release)
+                found = PagedCacheState(self._book.next_number, self._rest, self._release)
                 self._caches[pool] = found
                 weakref.finalize(pool, found.requests.end_all).atexit = False
             return found
@@ -162,6 +170,9 @@ class ContinuousBatches:
             request = state.requests.get(future.state.request_id)
             request.lost = request.lost or reason
         self._pipeline.put(Gap("tokens", sum(f.query_length for f in batch), reason))
+
+    def _rest(self, request: int) -> None:
+        self._book.ended.append(Dormant((request,)))
 
     def _release(self, request: int) -> None:
         self._book.ended.append(Ended((request,), None))

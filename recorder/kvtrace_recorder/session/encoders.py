@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvtrace_recorder.messages import CacheChange, Ended
+from kvtrace_recorder.messages import CacheChange, Dormant, Ended
 from kvtrace_recorder.session.step import ActiveStep, Taken
 
 #: Runs of encoders that a decoder may still read.
@@ -79,7 +79,7 @@ class EncoderRun:
 class EncoderRuns:
     """The last runs of encoders."""
 
-    def __init__(self, ended: deque[CacheChange | Ended]) -> None:
+    def __init__(self, ended: deque[CacheChange | Dormant | Ended]) -> None:
         self._ended = ended
         self._recent: deque[EncoderRun] = deque()
         self._lock = threading.Lock()

@@ -18,12 +18,17 @@ class PagedCacheState:
 
     Parameters
     ----------
-    number, release : callable
+    number, rest, release : callable
         See `PagedRequests`.
     """
 
-    def __init__(self, number: Callable[[], int], release: Callable[[int], None]) -> None:
-        self.requests = PagedRequests(number, release)
+    def __init__(
+        self,
+        number: Callable[[], int],
+        rest: Callable[[int], None],
+        release: Callable[[int], None],
+    ) -> None:
+        self.requests = PagedRequests(number, rest, release)
         #: Whether its model is recorded; None until that is known.
         self.wanted: bool | None = None
         self._events: list[CacheEvent] = []

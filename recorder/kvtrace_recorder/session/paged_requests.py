@@ -40,11 +40,14 @@ class PagedRequests:
     ----------
     number : callable
         Gives the next request its number.
+    rest : callable
+        Told the number of a request that has ended, while others may begin with its tokens.
     release : callable
         Told the number of a request that has ended and that no other can begin with any more.
     """
 
     number: Callable[[], int]
+    rest: Callable[[int], None]
     release: Callable[[int], None]
     live: dict[str, PagedRequest] = field(default_factory=dict)
     #: Who computed a cached block, by cache group and block.
@@ -107,6 +110,8 @@ class PagedRequests:
         self.live.pop(str(request.external_id), None)
         self._forget_prefix(request)
         request.ended = True
+        if request.holds and request.is_known:
+            self.rest(request.request)
         self._unhold(request, 0)
 
     def end_all(self) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_recorder.messages import CacheChange, Ended, ForkedRequest
+from kvtrace_recorder.messages import CacheChange, Dormant, Ended, ForkedRequest
 from kvtrace_recorder.session.api_request import api_request
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class RequestBook:
         self._numbers = itertools.count()
         self._entries: dict[int, tuple[weakref.ref[Any], CacheEntry]] = {}
         # Filled by weak references' callbacks, which may run anywhere: a deque needs no lock.
-        self.ended: deque[CacheChange | Ended] = deque()
+        self.ended: deque[CacheChange | Dormant | Ended] = deque()
 
     def entry_for(self, cache: Any, past: int, batch: int) -> CacheEntry:
         """The entry that a step belongs to, which holds `past` slots in `cache` (may be None)."""
