@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -57,7 +56,8 @@ class Pipeline:
     progress : bool or None
         A line on standard error; None: only where that is a terminal.
     on_tick : callable
-        Called every `TICK_SECONDS` from the sending thread.
+        Called every `TICK_SECONDS` from a thread of its own: it may wait for room, which only
+        the others make.
 
     Raises
     ------
@@ -85,6 +85,7 @@ class Pipeline:
         self._bytes = 0
         self._numbers = 0
         self._changed = threading.Condition()
+        self._ended = threading.Event()
         self._stopping = self._complete = self._closed = False
         self._sources: dict[int, str] = {}
         self._sent_ids: dict[str, set[int]] = {}
@@ -95,7 +96,11 @@ class Pipeline:
         self._writer, self._answers = _open_writer(options)
         self._threads = [
             threading.Thread(target=run, name=f"kvtrace-{name}", daemon=True)
-            for name, run in (("send", self._send_all), ("hear", self._hear))
+            for name, run in (
+                ("send", self._send_all),
+                ("hear", self._hear),
+                ("tick", self._tick),
+            )
         ]
         for thread in self._threads:
             thread.start()
@@ -152,6 +157,7 @@ class Pipeline:
 
     def close(self, *, complete: bool) -> None:
         """Write what is queued, close the trace and end the writer."""
+        self._ended.set()
         with self._changed:
             self._stopping, self._complete = True, complete
             self._changed.notify_all()
@@ -188,17 +194,13 @@ class Pipeline:
             self._fail(f"{type(error).__name__}: {error}")
 
     def _next(self) -> tuple[int, Message, Sequence[Slab]] | None:
-        due = time.monotonic() + TICK_SECONDS
-        while True:
-            with self._changed:
+        with self._changed:
+            while True:
                 if self._queue and self.failure is None:
                     return self._queue.popleft()
                 if self._stopping or self.failure is not None:
                     return None
-                self._changed.wait(max(0.0, due - time.monotonic()))
-            if time.monotonic() >= due:
-                self._on_tick()
-                due = time.monotonic() + TICK_SECONDS
+                self._changed.wait()
 
     def _send_texts(self, message: Message) -> None:
         if isinstance(message, ModelInfo):
@@ -213,6 +215,12 @@ class Pipeline:
             ids = sorted(new)
             texts = [self._texts.of(source, x) for x in ids]
             self._writer.send(0, Vocabulary(source, ids, texts), ())
+
+    # ---- the ticking thread
+
+    def _tick(self) -> None:
+        while not self._ended.wait(TICK_SECONDS):
+            self._on_tick()
 
     # ---- the hearing thread
 

@@ -473,3 +473,31 @@ def test_events_alone_hold_every_token_and_no_gap(model: Any, tmp_path: Path) ->
     # Every step of either layer makes it larger, the plain ones and those looked at closely.
     grown = trace.sql("select count(*) n from kv_events where event = 'grow'")
     assert grown.to_pylist() == [{"n": 2 * (80 + 6)}]
+
+
+@pytest.mark.usefixtures("writer_thread")
+@pytest.mark.timeout(60)
+def test_threads_that_wait_for_a_slow_writer_do_not_wait_for_ever(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Scribe.write
+
+    def slow(*args: Any) -> None:
+        time.sleep(0.03)
+        original(*args)
+
+    monkeypatch.setattr(Scribe, "write", slow)
+    monkeypatch.setattr(held, "STEPS", 4)
+    monkeypatch.setattr(pipeline, "TICK_SECONDS", 0.005)
+    others = [LlamaForCausalLM(model.config).eval() for _ in range(3)]
+    path = tmp_path / "a.kvtrace"
+    with record(None, path, queue_bytes=2000, on_full="wait", strict=True) as recording:
+        threads = [
+            threading.Thread(target=greedy, args=(other,), kwargs={"max_new_tokens": 40})
+            for other in others
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert (recording.rows, recording.gaps) == (3 * 45, {})
