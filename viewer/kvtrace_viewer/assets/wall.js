@@ -128,9 +128,12 @@ window.kv = window.kv || {};
         pointed(event) {
             const at = this.headAt(event);
             this.canvas.style.cursor = at ? "pointer" : "default";
-            this.canvas.title = at
-                ? `layer ${this.request.layers[at.layer].layer}, head ${this.request.layers[at.layer].head_numbers[at.head]}`
-                : "";
+            this.canvas.title = at ? this.titleOf(this.request.layers[at.layer], at.head) : "";
+        }
+
+        titleOf(layer, head) {
+            const name = layer.name ? ` (${layer.name})` : "";
+            return `layer ${layer.layer}${name}, head ${layer.head_numbers[head]}`;
         }
 
         pressed(event) {

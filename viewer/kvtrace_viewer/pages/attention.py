@@ -84,7 +84,6 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
             "kvtrace record --detail qkv --out run.kvtrace -- script.py",
         )
     requests = trace.requests()
-    lengths = {one.request: one.tokens for one in requests}
     request = choose_request(requests, query.get("request"))
     layers = trace.layers_of(request.request)
     head_numbers = max((layer.q_head_numbers for layer in layers), key=len, default=[])
@@ -107,7 +106,6 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
                         "window": layer.sliding_window,
                         # Whose tokens the keys are: in cross attention the encoder's.
                         "keys_of": trace.key_request(layer.layer, one.request),
-                        "keys": lengths[trace.key_request(layer.layer, one.request)],
                         "name": layer.name,
                     }
                     for layer in trace.layers_of(one.request)
