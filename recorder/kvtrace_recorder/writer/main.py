@@ -1,4 +1,4 @@
-"""The writer's process: `python -c` runs `main` here, with one end of a socket.
+"""The writer's process: `start.py` runs `main` here, with one end of a socket.
 
 It outlives its host: when the host dies, however it dies, the socket ends, and what was sent is
 written and the trace sealed as cut off.
@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -94,7 +93,3 @@ class SocketSource:
         except OSError:
             # The host is gone; what it sent is still written.
             self._gone = True
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))

@@ -22,14 +22,7 @@ from kvtrace_recorder.writer.slabs import Slab
 
 #: Threads of the numerical libraries in the writer: it has one core to itself at best.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-_START = """
-import sys
-at = next((i for i, p in enumerate(sys.path) if p.endswith("-packages")), len(sys.path))
-sys.path[at:at] = sys.argv[2].split("\\n")
-sys.path += [p for p in sys.argv[3].split("\\n") if p and p not in sys.path]
-from kvtrace_recorder.writer.main import main
-main(int(sys.argv[1]))
-"""
+_START = Path(__file__).with_name("start.py")
 
 
 @dataclass(frozen=True)
@@ -135,19 +128,13 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _start(channel: socket.socket) -> subprocess.Popen[bytes]:
-    own = {Path(str(module.__file__)).parents[1] for module in (kvtrace, kvtrace_recorder)}
-    words = [
-        sys.executable,
-        # Isolated: nothing beside the user's script may take the place of what we import.
-        *("-I", "-c", _START, str(channel.fileno())),
-        "\n".join(sorted(str(path) for path in own)),
-        "\n".join(sys.path[1:]),
-    ]
+    own = {str(Path(str(module.__file__)).parents[1]) for module in (kvtrace, kvtrace_recorder)}
+    paths = json.dumps([sorted(own), [path for path in sys.path[1:] if path]])
     return subprocess.Popen(
-        words,
+        [sys.executable, "-I", str(_START), str(channel.fileno())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        env={**os.environ, **_ONE_THREAD},
+        env={**os.environ, **_ONE_THREAD, "KVTRACE_WRITER_PATHS": paths},
         pass_fds=[channel.fileno()],
         # Out of the host's process group: signals from a terminal are for the host.
         start_new_session=True,
