@@ -33,6 +33,7 @@ _CACHED = (
     "_encoders",
     "_prompt_tokens",
     "_row_index",
+    "_forked_prompts",
     "_has_query",
     "_group_kinds",
     "_thinned",
@@ -180,9 +181,11 @@ class Trace:
         # What is kept of a cross layer's keys is a matter of the encoder's request.
         specs = [spec for spec in self.layers_of(request) if not spec.is_cross]
         kinds = {spec.layer: self._stored(spec, int(rows.max())) for spec in specs}
-        # Either all layers have it or none: a request that began under another rule has none.
+        # Either all layers have it or none: a request that began under another rule has none, and
+        # of shared or repeated prompts it is the sum over more queries than the request's.
         summed = [spec for spec in specs if "received" in kinds[spec.layer]]
-        if summed and not self._is_held("received", summed[0], int(rows[0])):
+        forked = request in self._forked_prompts
+        if summed and (forked or not self._is_held("received", summed[0], int(rows[0]))):
             kinds = {layer: held - {"received"} for layer, held in kinds.items()}
         return Holdings(self._has_query[rows], min(prompt_tokens, len(rows)), kinds)
 
@@ -394,6 +397,17 @@ class Trace:
         found = self.table("requests")
         counts = found["prompt_tokens"].to_pylist()
         return dict(zip(found["request"].to_pylist(), counts, strict=True))
+
+    @cached_property
+    def _forked_prompts(self) -> set[int]:
+        """Requests that share rows of their prompt with others, or processed some again."""
+        found: set[int] = set()
+        for fork in self.table("forks").to_pylist():
+            if fork["source"] != fork["request"]:
+                found |= {fork["source"], fork["request"]}
+            elif fork["tokens"] < self._prompt_tokens.get(fork["request"], 0):
+                found.add(fork["request"])
+        return found
 
     @cached_property
     def _has_query(self) -> NDArray[np.bool_]:

@@ -23,6 +23,7 @@ from transformers import (
 
 import kvtrace
 from kvtrace import Trace
+from kvtrace.cli import main
 from kvtrace_recorder import record
 from kvtrace_viewer.replay import replay
 
@@ -184,6 +185,56 @@ def test_heads_and_layers_that_are_not_there_are_named(tmp_path: Path) -> None:
     assert [spec.layer for spec in trace.layers] == [1]
     reasons = trace.table("gaps")["reason"].to_pylist()
     assert any("layers 9 were asked for; LlamaForCausalLM has 0-2" in x for x in reasons)
+
+
+def test_a_repeated_prompt_has_no_received(tmp_path: Path) -> None:
+    """A prompt that was cropped and repeated has been summed over too much: nobody uses it."""
+    model, ids = llama(), prompt()
+    traces = []
+    for name, queries in (("full", "all"), ("less", "every=10")):
+        with record(model, tmp_path / f"{name}.kvtrace", queries=queries, progress=False):
+            cache = model(ids[:, :60]).past_key_values
+            model(ids[:, 60:61], past_key_values=cache)
+            again = model(ids[:, :60]).past_key_values
+            again.crop(-20)
+            model(ids[:, 40:], past_key_values=again)
+        traces.append(kvtrace.open(tmp_path / f"{name}.kvtrace"))
+    full, less = traces
+    found = less.layer_data(1, 0).received
+    assert found is not None
+    np.testing.assert_allclose(found[:60], received(full, 1), atol=1e-4)
+    assert "received" in less.holdings(0).layers[1]
+    assert "received" not in less.holdings(1).layers[1]
+
+
+def test_the_command_line_takes_the_same_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.kvtrace"
+    words = [
+        "--layers",
+        "0,2-3",
+        "--heads",
+        "1",
+        "--queries",
+        "last=4",
+        "--max-bytes",
+        "1MiB",
+        "--verify",
+    ]
+    prompt_words = ["--prompt", "The list of all words is", "--max-new-tokens", "3"]
+    assert main(["generate", "demo", *prompt_words, "--out", str(path), *words]) == 0
+    trace = kvtrace.open(path)
+    assert trace.selection == {
+        "layers": [0, 2, 3],
+        "heads": [1],
+        "queries": "last=4",
+        "max_bytes": 1 << 20,
+    }
+    assert trace.queries == "last=4"
+    assert trace.table("verifications")["layer"].to_pylist() == [0, 2, 3]
+    assert main(["generate", "demo", *prompt_words, "--queries", "few"]) == 1
+    assert "all, last=N or every=N was expected" in capsys.readouterr().err
 
 
 def test_summary_keeps_norms_and_received(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.selection import LAST_QUERIES, Queries, Selection
 from kvtrace_recorder.taps.guard import UnrecordableError
 
+IN_PARTS = (
+    "continuous batching gave a prompt in parts, and its kernel only each part's own keys: what"
+    " keys received from left-out queries is not known (give the batch room for whole prompts)"
+)
 #: Bytes that tables hold of a row.
 ROW_BYTES = 64
 
@@ -118,7 +122,9 @@ class Keeper:
         self._spent = 0
         self._share = 0.0
         self._stopped = False
+        #: Requests whose prompts are summed from the first token on, and that cannot be.
         self._summed: set[int] = set()
+        self._unsummed: set[int] = set()
         self._plans = _levels(Plan(kinds, selection.queries))
 
     def plan(
@@ -185,6 +191,14 @@ class Keeper:
             if position == 0:
                 self._summed.add(request)
             return request in self._summed
+
+    def leave_unsummed(self, request: int) -> None:
+        """A prompt came in parts of which the kernel was not given all keys."""
+        with self._lock:
+            told = request in self._unsummed
+            self._unsummed.add(request)
+        if not told:
+            self._note(Gap("received of prompts", 1, IN_PARTS))
 
     def repeat(self, plan: Plan | None, nbytes: int) -> bool:
         """Whether a step may keep the same as the last one, of as many bytes."""

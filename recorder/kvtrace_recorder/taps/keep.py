@@ -197,6 +197,8 @@ def sum_rows(
     lses: list[torch.Tensor] = []
     for sequence, rows, keys, key_first in _sequences(step, offset):
         summed = plan.sums and sequence.position < sequence.prompt_tokens
+        if summed and keys is None:
+            keeper.leave_unsummed(sequence.request)
         summed = summed and keys is not None and keeper.sums(sequence.request, sequence.position)
         if keys is None or (on_host and not summed):
             continue
@@ -239,14 +241,15 @@ def _sequences(
 ) -> Iterator[tuple[Sequenced, Slots, Slots | None, int]]:
     """Of each request: where its rows and the keys it sees stand, and its first key's position.
 
-    The keys are None where the kernel was given only the step's own.
+    The keys are None where the kernel was given only the step's own, and others were seen.
     """
     start = 0
     for sequence in step.record.sequences:
         if step.is_packed:
             own = slice(start, start + sequence.count)
             start += sequence.count
-            yield sequence, own, None if sequence.position else own, 0
+            whole = not sequence.position and sequence.count >= sequence.prompt_tokens
+            yield sequence, own, own if whole else None, 0
             continue
         batch_row = sequence.batch_index
         real = step.entry.real[batch_row, : step.past + step.length]
