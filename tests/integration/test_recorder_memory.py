@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,10 +36,43 @@ def test_memory_is_flat(tmp_path: Path, tokens: int) -> None:
     assert recorded - plain <= LIMIT
 
 
+def test_a_decode_step_keeps_no_second_cache(tmp_path: Path) -> None:
+    """A layer's old keys go when its new ones are there, not with all others after the step."""
+    import torch
+    from transformers import DynamicCache
+
+    from kvtrace_recorder import demo, record
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model, tokenizer = demo.load()
+    ids = tokenizer("The list", return_tensors="pt")["input_ids"]
+    cache = DynamicCache(config=model.config)
+    old: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def before(*_: Any) -> None:
+        old[:] = [weakref.ref(layer.keys) for layer in cache.layers if layer.keys is not None]
+
+    def after(*_: Any) -> None:
+        alive.append(sum(one() is not None for one in old[:-1]))
+
+    model.register_forward_pre_hook(before)
+    model.model.layers[-1].register_forward_hook(after)
+    with torch.inference_mode(), record(model, tmp_path / "run.kvtrace"):
+        for _ in range(40):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+    torch.set_num_threads(threads)
+    assert alive == [0] * 40
+
+
 def start(tokens: int, trace: Path | None = None) -> subprocess.Popen[str]:
     """Start a run in a process of its own."""
     words = [sys.executable, __file__, str(tokens), *([] if trace is None else [str(trace)])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The cache of a run is copied into ever larger blocks, and glibc keeps the free space between
+    # them, more or less of it as the blocks happen to fall. Given back at once, what is left is
+    # what is held.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment)
 

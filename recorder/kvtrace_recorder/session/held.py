@@ -107,6 +107,17 @@ class HeldSteps:
             if len(held.steps) == STEPS:
                 self._flush(key)
 
+    def renew(self, step: ActiveStep, taken: Taken) -> None:
+        """Let go of the keys and values that a layer had before a small step.
+
+        Held until the step has ended, those of all layers would be the whole cache a second time.
+        """
+        with self._lock:
+            held = self._held.get(_key(step))
+            parts = None if held is None else held.layers.get(taken.spec.layer)
+            if held is not None and parts is not None and held.takes(step):
+                parts.renew(taken)
+
     def copy_now(self, step: ActiveStep, taken: Taken) -> None:
         """Copy one layer's rows of a large step."""
         parts = LayerParts(taken.spec, taken.sinks, taken.kinds)

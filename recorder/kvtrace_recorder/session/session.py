@@ -202,6 +202,7 @@ class Session:
             taken = None if known is None else known.take(step.past, q, k, v)
             if known is not None and taken is not None and known.spec.layer not in step.taken:
                 step.taken[known.spec.layer] = taken
+                self._held.renew(step, taken)
                 return
         self.attended(step, parse_call(args, kwargs))
 
@@ -222,6 +223,7 @@ class Session:
             self._held.copy_now(step, taken)
         else:
             learn(step, call, taken)
+            self._held.renew(step, taken)
 
     def end(self, step: ActiveStep, output: Any, elapsed_ns: int) -> None:
         """The model has returned."""
