@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers.models.llama import modeling_llama
 
 import kvtrace
 from kvtrace_recorder import record
@@ -64,6 +67,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
 }
+#: Multi-head latent attention: values are narrower than keys, and the cache holds neither.
+_MLA = {
+    **_COMMON,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+FAMILIES |= {
+    "DeepseekV2": {**_MLA, "q_lora_rank": None, "topk_method": "greedy"},
+    "DeepseekV3": {**_MLA, "q_lora_rank": 16},
+}
 #: Families that compute attention themselves, in their own words.
 _OWN = {"vocab_size": 96, "n_layer": 2, "n_head": 4, "eos_token_id": None, "pad_token_id": 0}
 _FALCON = {**_COMMON, "alibi": False, "new_decoder_architecture": False}
@@ -109,6 +132,10 @@ CASES = [
     for kernel in ("eager", "sdpa")
     if not (kernel == "sdpa" and family in EAGER_ONLY)
 ]
+CASES += [
+    (family, "flex_attention")
+    for family in ("Llama", "Qwen3", "Mistral", "Gemma2", "Gemma3", "GPTNeoX", "DeepseekV3")
+]
 _CLASSES = {
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
     "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
@@ -121,6 +148,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _flex_without_its_compiler() -> Iterator[None]:
+    # Compiling flex attention takes a minute; uncompiled it is the same function.
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        # transformers' own call of torch.
+        warnings.filterwarnings("ignore", "_compile flag on create_block_mask")
+        yield
 
 
 def build(family: str, kernel: str) -> Any:
@@ -268,7 +305,7 @@ def test_a_bfloat16_model_is_stored_exactly_in_float16(tmp_path: Path) -> None:
             np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-25)
 
 
-_PADDED = {"Llama", "Mistral", "GPT2", "Falcon", "Bloom", "Mpt"}
+_PADDED = {"Llama", "Mistral", "GPT2", "Falcon", "Bloom", "Mpt", "DeepseekV3"}
 
 
 @pytest.mark.parametrize(("family", "kernel"), [case for case in CASES if case[0] in _PADDED])
@@ -289,6 +326,34 @@ def test_left_padding_is_not_recorded(family: str, kernel: str, tmp_path: Path) 
             for head in range(len(expected)):
                 found = trace.attention(layer, head, request=request)
                 np.testing.assert_allclose(found, expected[head], atol=1e-4)
+
+
+def test_a_flex_mask_that_says_something_else_is_a_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return (key <= query) | (key < 4)
+
+    mask = create_block_mask(prefix, B=1, H=1, Q_LEN=PROMPT, KV_LEN=PROMPT, device="cpu")
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **_: mask)
+    model = build("Llama", "flex_attention")
+    with torch.no_grad(), record(model, tmp_path / "a.kvtrace", strict=True) as recording:
+        model(prompt())
+    assert recording.rows == 0
+    assert "the mask of layer 0 is not that of full attention" in next(iter(recording.gaps))
+
+
+def test_the_latent_cache_of_mla_is_counted_as_it_is_held(tmp_path: Path) -> None:
+    model = build("DeepseekV3", "sdpa")
+    with torch.no_grad(), record(model, tmp_path / "a.kvtrace", strict=True):
+        model(prompt())
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert {(x.num_kv_heads, x.head_dim, x.value_dim) for x in trace.layers} == {(4, 12, 10)}
+    events = trace.table("kv_events").to_pylist()
+    # A latent of 20 and a rotary key of 4 numbers a token, for all heads together.
+    assert {(e["tokens"], e["bytes"]) for e in events if e["event"] == "grow"} == {
+        (PROMPT, PROMPT * 24 * 4)
+    }
 
 
 def test_right_padding_and_a_model_without_cache(tmp_path: Path) -> None:

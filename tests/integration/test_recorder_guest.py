@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
@@ -24,11 +25,15 @@ from kvtrace_recorder import pipeline, record
 from kvtrace_recorder.scribe import Scribe
 from kvtrace_recorder.session import held
 from kvtrace_recorder.session.session import Session
+from kvtrace_recorder.taps import compiled
 
 PATCHED = [
     (PreTrainedModel, "__call__"),
     (AttentionInterface, "get_interface"),
     (torch, "softmax"),
+    (PreTrainedModel, "get_compiled_call"),
+    (OptimizedModule, "__call__"),
+    (compiled, "_session"),
     (torch, "_native_multi_head_attention"),
     (torch, "_transformer_encoder_layer_fwd"),
     (torch.nn.functional, "_in_projection"),

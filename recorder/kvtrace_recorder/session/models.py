@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
@@ -11,6 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import ModelInfo
 from kvtrace_recorder.session.halves import DECODER, ENCODER, halves_of, parameters_of
+from kvtrace_recorder.taps.guard import UnrecordableError
 
 
 class ModelState:
@@ -40,6 +43,8 @@ class ModelState:
         self.cross_cached: dict[int, int] = {}
         self._halves = {id(m): kind for kind, x in halves_of(model).items() for m in x.modules()}
         self._kin = self._attention_modules(model)
+        self._modules: dict[int, Any] = {}
+        self._model = weakref.ref(model)
         self._names = {id(module): name for name, module in model.named_modules()}
 
     def name_of(self, module: Any) -> str | None:
@@ -58,6 +63,27 @@ class ModelState:
             index = layer if own is None else int(own)
         (self.cross_cached if self.is_cross(module) else self.cached)[index] = layer
         return index
+
+    def layer_module(self, number: int) -> Any:
+        """The attention module that says it is a layer, or something to stand for it.
+
+        Raises
+        ------
+        UnrecordableError
+            Where several say so, as those of an encoder and a decoder do.
+        """
+        if number not in self._modules:
+            model = self._model()
+            modules = () if model is None else model.modules()
+            own = [x for x in modules if getattr(x, "layer_idx", None) == number]
+            named = [x for x in own if "attention" in type(x).__name__.lower()]
+            if len(named) > 1:
+                raise UnrecordableError(
+                    f"{len(named)} attentions say that they are layer {number}, and under"
+                    " torch.compile nothing else tells them apart"
+                )
+            self._modules[number] = named[0] if named else SimpleNamespace(layer_idx=number)
+        return self._modules[number]
 
     def layer_of(self, module: Any, nth: int = 0) -> int:
         """Number of an attention module's nth call in a step.

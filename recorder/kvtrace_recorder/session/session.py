@@ -80,6 +80,8 @@ class Session:
         self.training = training
         self.guard = TapGuard(strict=strict, report=self._report)
         self.pid = os.getpid()
+        #: False once the taps are gone: torch.compile may hold on to what stood there.
+        self.is_running = True
         #: The model to record where it is none of transformers' and contains none.
         self.plain = None if model is None or _has_transformers(model) else model
         self._wanted = None if model is None else {id(module) for module in model.modules()}
@@ -301,6 +303,7 @@ class Session:
 
     def finish(self) -> None:
         """Send what is left; the taps are gone."""
+        self.is_running = False
         self._note_skipped()
         for run in self._encoders.close():
             self._release(run, read=False)

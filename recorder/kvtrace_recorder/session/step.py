@@ -69,6 +69,17 @@ class Taken:
     kinds: frozenset[str]
     sums: Sums | None = None
 
+    def own(self, length: int) -> None:
+        """Copy the step's tokens on their device; nothing else is held of the call any more."""
+        if self.q is not None:
+            self.q = self.q.clone()
+        mine = slice(self.first, self.first + length)
+        if self.k is not None:
+            self.k = self.k[:, :, mine].clone()
+        if self.v is not None:
+            self.v = self.v[:, :, mine].clone()
+        self.first, self.hold = 0, Hold.FRESH
+
 
 @dataclass
 class ActiveStep:

@@ -15,6 +15,7 @@ def patches(session: Session) -> list[Restorable]:
     from kvtrace_recorder.taps import (
         attention,
         cache,
+        compiled,
         generate,
         model_forward,
         multihead,
@@ -28,6 +29,7 @@ def patches(session: Session) -> list[Restorable]:
 
     return [
         *attention.patches(session),
+        *compiled.patches(session),
         *sdpa.patches(session),
         *softmax.patches(session),
         *multihead.patches(session),

@@ -11,6 +11,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.taps.call import parse_call
+from kvtrace_recorder.taps.compiled import announce
 from kvtrace_recorder.taps.patch import Patch
 
 NAME = "attention"
@@ -26,6 +27,8 @@ def patches(session: Session) -> list[Patch]:
     def make(original: Any) -> Any:
         def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
             function = original(self, *args, **kwargs)
+            if torch.compiler.is_dynamo_compiling():
+                return _traced(function)
             if torch.compiler.is_compiling() or session.attending is None:
                 return function
             return _observed(session, function)
@@ -33,6 +36,13 @@ def patches(session: Session) -> list[Patch]:
         return get_interface
 
     return [Patch(AttentionInterface, "get_interface", make)]
+
+
+def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, **extra: Any) -> Any:
+        return announce(function, module, q, k, v, mask, extra)
+
+    return attention
 
 
 def _observed(session: Session, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,7 +91,8 @@ def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> No
         in both directions, trees).
     """
     mask = call.mask
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+    shows = _shower(mask)
+    if shows is None:
         _check_no_mask(step, call, spec)
         return
     if not is_check_due(step):
@@ -99,18 +101,38 @@ def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> No
     if seen_before in step.checked:
         return
     step.checked.add(seen_before)
-    slots = offset + np.arange(mask.shape[3])
+    # A mask may be wider than the keys, or as wide as they will be.
+    slots = offset + np.arange(mask.shape[3] if isinstance(mask, torch.Tensor) else call.k.shape[2])
     for row in range(step.batch):
         queries = _sample(step.real[row])
         if not len(queries):
             continue
-        shown = mask[row if mask.shape[0] > 1 else 0, 0, torch.as_tensor(queries).to(mask.device)]
         expected = _expected(step, row, step.past + queries, slots, spec)
-        if not np.array_equal(seen_keys(shown), expected):
+        if not np.array_equal(seen_keys(shows(row, queries, len(slots))), expected):
             raise UnrecordableError(
                 f"the mask of layer {spec.layer} is not that of {spec.attention_kind} attention"
                 " over one sequence"
             )
+
+
+def _shower(mask: Any) -> Callable[[int, NDArray[np.int64], int], torch.Tensor] | None:
+    """Gives [query, key] of some queries of a batch row; None where a kernel takes no mask."""
+    if isinstance(mask, torch.Tensor) and mask.ndim == 4:
+        return lambda row, queries, _: mask[
+            row if mask.shape[0] > 1 else 0, 0, torch.as_tensor(queries).to(mask.device)
+        ]
+    if not hasattr(mask, "mask_mod"):
+        return None
+    # Flex attention's: a function of the indices beside the blocks made from it.
+    device = mask.kv_num_blocks.device
+
+    def shown(row: int, queries: NDArray[np.int64], keys: int) -> torch.Tensor:
+        first, second = torch.as_tensor(queries)[:, None], torch.arange(keys)[None, :]
+        place = [torch.tensor(row), torch.tensor(0), first, second]
+        found: torch.Tensor = mask.mask_mod(*(x.to(device) for x in place))
+        return found.expand(len(queries), keys)
+
+    return shown
 
 
 def _check_no_mask(step: ActiveStep, call: Call, spec: LayerSpec) -> None:

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import torch
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers.modeling_utils import PreTrainedModel
 
 from kvtrace_recorder.session.session import Session
@@ -26,19 +27,61 @@ def patches(session: Session) -> list[Patch]:
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if (
-                torch.compiler.is_compiling()
-                or os.getpid() != session.pid
-                or _is_recomputing()
-                or not session.guard.run(NAME, session.begins_step, self)
-            ):
+            if torch.compiler.is_compiling() or not _begins(session, self):
                 return original(self, *args, **kwargs)
             return _observed(session, original, self, args, kwargs)
 
         return call
 
-    classes = [PreTrainedModel] if session.plain is None else [type(session.plain)]
-    return [Patch(owner, "__call__", make) for owner in classes]
+    owner = PreTrainedModel if session.plain is None else type(session.plain)
+    return [
+        Patch(owner, "__call__", make),
+        Patch(OptimizedModule, "__call__", _compiled_maker(session)),
+        Patch(PreTrainedModel, "get_compiled_call", _generation_maker(session)),
+    ]
+
+
+def _compiled_maker(session: Session) -> Any:
+    """What torch.compile returns calls the model it holds out of Python's sight."""
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            inner = self if self is session.plain else self._orig_mod
+            if torch.compiler.is_compiling() or not _begins(session, inner):
+                return original(self, *args, **kwargs)
+            run = functools.partial(original, self)
+            return _observed(session, lambda _, *a, **k: run(*a, **k), inner, args, kwargs)
+
+        return call
+
+    return make
+
+
+def _generation_maker(session: Session) -> Any:
+    """`generate` compiles the bound call of a model for itself."""
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def get_compiled_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            compiled = original(self, *args, **kwargs)
+
+            def call(*a: Any, **k: Any) -> Any:
+                if not _begins(session, self):
+                    return compiled(*a, **k)
+                return _observed(session, lambda _, *x, **y: compiled(*x, **y), self, a, k)
+
+            return call
+
+        return get_compiled_call
+
+    return make
+
+
+def _begins(session: Session, model: Any) -> bool:
+    if not session.is_running or os.getpid() != session.pid or _is_recomputing():
+        return False
+    return bool(session.guard.run(NAME, session.begins_step, model))
 
 
 def _is_recomputing() -> bool:

@@ -43,6 +43,8 @@ def _keeper(session: Session) -> Callable[[Any], Any]:
         @functools.wraps(original)
         def projection(*args: Any, **kwargs: Any) -> Any:
             found = original(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return found
             step = listening(session)
             if step is not None:
                 step.projected = found
@@ -58,6 +60,8 @@ def _observer(session: Session, read: Callable[..., Call | None]) -> Callable[[A
         @functools.wraps(original)
         def fused(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return output
             step = listening(session)
             if step is not None:
                 started = time.perf_counter_ns()

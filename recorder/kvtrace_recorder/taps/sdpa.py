@@ -11,6 +11,7 @@ import torch
 from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.call import Call
+from kvtrace_recorder.taps.compiled import unannounced
 from kvtrace_recorder.taps.fallback import NAME, listening, take
 from kvtrace_recorder.taps.frames import calling_module
 from kvtrace_recorder.taps.patch import Patch
@@ -26,6 +27,11 @@ def patches(session: Session) -> list[Patch]:
         @functools.wraps(original)
         def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
+            # Dynamo alone: the stages of a compiler behind it call this function, too.
+            if torch.compiler.is_dynamo_compiling():
+                unannounced(dict(zip(_NAMES, args, strict=False)) | kwargs)
+            if torch.compiler.is_compiling():
+                return output
             step = listening(session)
             if step is not None:
                 started = time.perf_counter_ns()
