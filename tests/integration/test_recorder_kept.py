@@ -25,6 +25,9 @@ import kvtrace
 from kvtrace import Trace
 from kvtrace.cli import main
 from kvtrace_recorder import record
+from kvtrace_recorder.session import copies
+from kvtrace_recorder.session.held_lse import held_lse
+from kvtrace_recorder.taps import keep
 from kvtrace_viewer.replay import replay
 
 PROMPT, NEW = 100, 5
@@ -235,6 +238,35 @@ def test_the_command_line_takes_the_same_words(
     assert trace.table("verifications")["layer"].to_pylist() == [0, 2, 3]
     assert main(["generate", "demo", *prompt_words, "--queries", "few"]) == 1
     assert "all, last=N or every=N was expected" in capsys.readouterr().err
+
+
+def test_log_sum_exps_from_the_device_are_those_of_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs where the tensors are on a GPU, here on the CPU."""
+    calls = []
+
+    def counted(*given: Any) -> Any:
+        calls.append(held_lse(*given))
+        return calls[-1]
+
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[1, :37] = 0
+    options: list[dict[str, Any]] = [{}, {"mask": mask, "heads": "1"}]
+    for number, given in enumerate(options):
+        host, _ = run(llama(), tmp_path / f"host{number}.kvtrace", **given)
+        with monkeypatch.context() as patch:
+            patch.setattr(keep, "is_off_host", lambda values: True)
+            patch.setattr(copies, "is_off_host", lambda values: True)
+            # Counted, so that the writer's way cannot stand in.
+            patch.setattr(copies, "held_lse", counted)
+            device, _ = run(llama(), tmp_path / f"device{number}.kvtrace", **given)
+        for request in range(1 + number):
+            for layer in range(3):
+                one, other = host.layer_data(layer, request), device.layer_data(layer, request)
+                np.testing.assert_allclose(one.lse, other.lse, atol=1e-5)  # type: ignore[arg-type]
+    assert len(calls) >= 2 * 3
+    assert all(found is not None for found in calls)
 
 
 def test_summary_keeps_norms_and_received(tmp_path: Path) -> None:

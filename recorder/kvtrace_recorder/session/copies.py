@@ -11,8 +11,10 @@ import torch
 
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import LayerRows
+from kvtrace_recorder.session.held_lse import held_lse
+from kvtrace_recorder.session.requests import Bools
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
-from kvtrace_recorder.taps.keep import Sums, norms, of_heads, sums_to_host
+from kvtrace_recorder.taps.keep import Sums, is_off_host, norms, of_heads, sums_to_host
 from kvtrace_recorder.writer.slabs import Slab, room_for
 
 #: What each kind of row array is made from.
@@ -47,19 +49,25 @@ class RowChoice:
         Those of them that keep their query.
     keep_queries : torch.Tensor or None
         Their indices, likewise.
+    slots : numpy.ndarray or None
+        [batch, slot] of bool, which of the slots of their cache, those rows' last, hold tokens;
+        None where a slot is no place in the keys.
     """
 
     count: int
     keep: torch.Tensor | None
     queries: int
     keep_queries: torch.Tensor | None
+    slots: Bools | None = None
 
     @classmethod
     def of(cls, steps: Sequence[ActiveStep]) -> RowChoice:
         """The rows of some steps without a fault."""
+        last = steps[-1]
+        slots = None if last.is_packed else last.entry.real[:, : last.past + last.length]
         if all(step.keep is None and step.record.queries is None for step in steps):
             count = sum(step.batch * step.length for step in steps)
-            return cls(count, None, count, None)
+            return cls(count, None, count, None, slots)
         real = np.concatenate([step.real.ravel() for step in steps])
         kept = np.concatenate([step.kept_queries for step in steps])
         rows = np.flatnonzero(real)
@@ -69,6 +77,7 @@ class RowChoice:
             None if len(rows) == len(real) else torch.from_numpy(rows),
             len(queries),
             None if len(queries) == len(real) else torch.from_numpy(queries),
+            slots,
         )
 
 
@@ -128,6 +137,8 @@ class LayerParts:
             "value_norm": rows.count * spec.num_kv_heads * 4,
         }
         sums = sum(room_for(x.nbytes) for some in self.sums if some for x in some.tensors)
+        if self._is_summed_here(rows):
+            sums += room_for(rows.queries * spec.num_q_heads * 4)
         return sums + sum(room_for(rooms[kind]) for kind in self._written)
 
     @property
@@ -159,8 +170,36 @@ class LayerParts:
             else:
                 norm = norms(ordered, dtype)
                 found[kind] = _copy(norm, slab, rows.count, rows.keep, torch.float32)[:, :, 0]
+        sums = sums_to_host(self.sums, slab)
+        if self._is_summed_here(rows) and (lse := self._lse(rows, dtype)) is not None:
+            sums["lse"] = _copy(lse, slab, rows.queries, rows.keep_queries, torch.float32)[:, :, 0]
         sinks = None if self.sinks is None else self.sinks.detach().float().cpu().numpy()
-        return LayerRows(self.spec, **found, sinks=sinks, **sums_to_host(self.sums, slab))
+        return LayerRows(self.spec, **found, sinks=sinks, **sums)
+
+    def _is_summed_here(self, rows: RowChoice) -> bool:
+        """Whether the rows' log-sum-exps are computed from the keys held."""
+        parts = self.parts.get("k", [])
+        return (
+            rows.slots is not None
+            and "q" in self._written
+            and len(parts) == 1
+            and parts[0].first + parts[0].length == rows.slots.shape[1]
+            and self.spec.attention_kind == "full"
+            and not any(one is not None and one.lse is not None for one in self.sums)
+            and is_off_host(parts[0].tensor)
+        )
+
+    def _lse(self, rows: RowChoice, dtype: torch.dtype) -> torch.Tensor | None:
+        """[.., .., q_head, 1] of all rows, ordered as `_ordered` orders them."""
+        if rows.slots is None:
+            return None
+        ordered = self._ordered("q")
+        q = ordered.permute(1, 2, 0, 3) if self.steps > 1 else ordered.permute(0, 2, 1, 3)
+        k = of_heads(self.parts["k"][0].tensor.detach(), self.spec, queries=False)
+        lse = held_lse(q, k, rows.slots, self.spec, dtype, self.sinks)
+        if lse is None:
+            return None
+        return (lse.transpose(0, 1) if self.steps > 1 else lse)[..., None]
 
     def _ordered(self, source: str) -> torch.Tensor:
         """[.., .., kept head, width] of all rows, in the order (step, batch row, token)."""

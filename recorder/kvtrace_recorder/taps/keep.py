@@ -18,7 +18,7 @@ from kvtrace_recorder.session.keeping import Keeper, Plan
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.guard import UnrecordableError
-from kvtrace_recorder.taps.received import row_sums
+from kvtrace_recorder.taps.received import as_stored, row_sums
 from kvtrace_recorder.writer.slabs import Slab
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -65,6 +65,11 @@ def _into(values: torch.Tensor, slab: Slab) -> NDArray[np.float32]:
     target = torch.from_numpy(slab.take(values.nbytes)).view(torch.float32).view(values.shape)
     target.copy_(values)
     return np.asarray(target.numpy())
+
+
+def is_off_host(values: torch.Tensor) -> bool:
+    """Whether a tensor lies where log-sum-exps are faster to compute than the writer could."""
+    return values.device.type != "cpu"
 
 
 def choose_heads(spec: LayerSpec, heads: tuple[int, ...] | None) -> LayerSpec:
@@ -156,7 +161,7 @@ def _queries(asked: Queries, sequences: Sequence[Sequenced]) -> Bools:
 def norms(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Lengths of keys or values [..., width] as the trace would store them: [..., 1] float32."""
     found: torch.Tensor = torch.linalg.vector_norm(
-        values.to(dtype), dim=-1, keepdim=True, dtype=torch.float32
+        as_stored(values, dtype), dim=-1, keepdim=True, dtype=torch.float32
     )
     return found
 
@@ -187,7 +192,7 @@ def sum_rows(
     if plan is None:
         return None
     # Of a paged cache the kernel gets only the step's own keys: the writer has the others.
-    on_host = call.q.device.type == "cpu" or step.is_packed or "q" not in plan.kinds
+    on_host = not is_off_host(call.q) or step.is_packed or "q" not in plan.kinds
     on_host = on_host or not step.is_large
     prompts = any(s.position < s.prompt_tokens for s in step.record.sequences)
     if on_host and not (plan.sums and prompts):

@@ -18,7 +18,7 @@ import torch
 from kvtrace.writer import LayerSpec
 
 #: Scores computed at a time: what fits the caches of a CPU, and what fills a GPU.
-BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
+BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 24}
 LEAST_QUERIES = 16
 
 
@@ -71,8 +71,8 @@ def row_sums(
     """
     q_heads, queries, width = q.shape
     kv_heads, keys, _ = k.shape
-    by_head = _stored(q, dtype).reshape(kv_heads, q_heads // kv_heads, queries, width)
-    stored = _stored(k, dtype).float().transpose(1, 2)
+    by_head = as_stored(q, dtype).reshape(kv_heads, q_heads // kv_heads, queries, width)
+    stored = as_stored(k, dtype).float().transpose(1, 2)
     lse = torch.empty(queries, q_heads, dtype=torch.float32, device=q.device)
     sums = torch.zeros(q_heads, keys, dtype=torch.float32, device=q.device) if received else None
     budget = BLOCK_SCORES["cpu" if q.device.type == "cpu" else "cuda"]
@@ -99,7 +99,7 @@ def row_sums(
     return RowSums(lse, None if sums is None else sums.T.contiguous())
 
 
-def _stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Values as the trace will hold them, in its type."""
     if values.dtype == dtype:
         return values
