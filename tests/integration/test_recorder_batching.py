@@ -316,6 +316,56 @@ def test_the_keys_of_an_ended_request_are_read_back_where_another_begins_with_th
     check_attention(trace, model)
 
 
+def test_what_keys_received_is_summed_over_the_parts_of_a_prompt(tmp_path: Path) -> None:
+    """Prompts longer than a batch are processed in parts, which see the earlier parts' keys."""
+    model, inputs = build("GptOss", "eager"), prompts(40, 21, 60)
+    traces = []
+    runs: dict[str, dict[str, Any]] = {"full": {}, "less": {"queries": "last=5"}}
+    for name, options in runs.items():
+        path = tmp_path / f"{name}.kvtrace"
+        with record(model, path, dtype="float32", strict=True, **options) as recording:
+            generate(model, inputs, max_batch_tokens=32)
+        assert recording.gaps == {}
+        traces.append(kvtrace.open(path))
+    full, less = traces
+    by_name = {name: number for number, name in names(less).items()}
+    for number, name in names(full).items():
+        (request,) = (r for r in full.requests() if r.request == number)
+        part = slice(0, request.prompt_tokens)
+        for spec in full.layers:
+            maps = [full.attention(spec.layer, h, part, part, number) for h in range(4)]
+            expected = np.stack([one.sum(axis=0) for one in maps], axis=1)
+            found = less.row_array("received", spec.layer, by_name[name])[part]
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_a_shared_prefix_received_is_a_gap(tmp_path: Path) -> None:
+    model, inputs = build(), prompts(23, 19, shared=18)
+    with (
+        record(model, tmp_path / "a.kvtrace", queries="last=2", strict=True) as recording,
+        model.continuous_batching_context_manager(
+            generation_config=sampling(), continuous_batching_config=batching()
+        ) as manager,
+    ):
+        for ids in inputs:
+            name = manager.add_request(ids, eos_token_id=-1)
+            assert manager.get_result(name, timeout=60) is not None
+    ((reason, count),) = recording.gaps.items()
+    assert "were another's" in reason
+    assert count == 1
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert np.isnan(trace.row_array("received", 0, 1)[16:19]).all()
+
+
+def test_outputs_are_verified_from_the_trace(tmp_path: Path) -> None:
+    model, inputs = build(), prompts(40, 21)
+    with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True, verify=True):
+        generate(model, inputs, max_batch_tokens=32)
+    found = kvtrace.open(tmp_path / "a.kvtrace").table("verifications").to_pylist()
+    assert [row["layer"] for row in found] == [0, 1]
+    assert all(row["rows"] > 4 and row["max_error"] < 1e-5 for row in found)
+
+
 def test_the_children_of_a_request_begin_with_its_rows(
     snapshots: Snapshots, tmp_path: Path
 ) -> None:

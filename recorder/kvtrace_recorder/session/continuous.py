@@ -121,9 +121,14 @@ class ContinuousBatches:
         real = members.real
         keep = None if real.all() else torch.as_tensor(np.flatnonzero(real))
         entry = CacheEntry(list(members.requests), 0, np.ones((1, len(real)), bool))
-        return ActiveStep(
-            model, record, 1, len(real), 0, None, entry, real[None], keep, is_packed=True
-        )
+        step = ActiveStep(model, record, 1, len(real), 0, None, entry, real[None], keep)
+        step.is_packed, step.spans = True, members.spans
+        return step
+
+    def keys_seen(self, step: ActiveStep | None, keys: torch.Tensor) -> None:
+        """The cache has put the keys together that a layer of a step sees, old and new."""
+        if step is not None and (step.keeps is None or step.keeps.sums):
+            step.seen_keys = keys
 
     def end(self, step: ActiveStep) -> None:
         """The model has returned and the step is on its way, or was given up."""
@@ -161,6 +166,7 @@ class ContinuousBatches:
                 found.forks += [] if fork is None else [fork]
             else:
                 self._pipeline.put(Gap("tokens", count, request.lost))
+            found.spans.append((request.lost is None, past, count))
             start += count
         return found
 
@@ -186,6 +192,7 @@ class _Members:
     requests: list[PagedRequest] = field(default_factory=list)
     sequences: list[Sequenced] = field(default_factory=list)
     forks: list[ForkedRequest] = field(default_factory=list)
+    spans: list[tuple[bool, int, int]] = field(default_factory=list)
 
     def add(self, request: PagedRequest, past: int, count: int, prompt: int, start: int) -> None:
         """Add a request whose tokens from `past` on stand in the batch from `start` on."""

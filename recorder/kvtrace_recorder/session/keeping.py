@@ -30,9 +30,9 @@ from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.selection import LAST_QUERIES, Queries, Selection
 from kvtrace_recorder.taps.guard import UnrecordableError
 
-IN_PARTS = (
-    "continuous batching gave a prompt in parts, and its kernel only each part's own keys: what"
-    " keys received from left-out queries is not known (give the batch room for whole prompts)"
+UNSUMMED = (
+    "what keys receive is summed from a prompt's first token on, and the first tokens of this"
+    " request's were another's, or came before the queries were thinned"
 )
 #: Bytes that tables hold of a row.
 ROW_BYTES = 64
@@ -190,15 +190,10 @@ class Keeper:
         with self._lock:
             if position == 0:
                 self._summed.add(request)
+            elif request not in self._summed and request not in self._unsummed:
+                self._unsummed.add(request)
+                self._note(Gap("prompts' received attention", 1, UNSUMMED))
             return request in self._summed
-
-    def leave_unsummed(self, request: int) -> None:
-        """A prompt came in parts of which the kernel was not given all keys."""
-        with self._lock:
-            told = request in self._unsummed
-            self._unsummed.add(request)
-        if not told:
-            self._note(Gap("received of prompts", 1, IN_PARTS))
 
     def repeat(self, plan: Plan | None, nbytes: int) -> bool:
         """Whether a step may keep the same as the last one, of as many bytes."""

@@ -119,6 +119,11 @@ class ActiveStep:
         Masks already compared in this step.
     is_packed : bool
         Whether one batch row holds several sequences (continuous batching).
+    spans : list of (bool, int, int)
+        Of each of those: whether it is recorded, its tokens in the cache before the step, and its
+        tokens in the step.
+    seen_keys : torch.Tensor or None
+        [1, kv_head, key, head_dim]: the keys of all of them, as the layer that ran last saw them.
     in_attention : bool
         Whether an attention function runs whose call another tap sees.
     attended : Counter
@@ -156,6 +161,8 @@ class ActiveStep:
     tap_ns: int = 0
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     is_packed: bool = False
+    spans: list[tuple[bool, int, int]] = field(default_factory=list)
+    seen_keys: torch.Tensor | None = None
     in_attention: bool = False
     attended: Counter[int] = field(default_factory=Counter)
     masks: dict[int, tuple[Any, ...]] = field(default_factory=dict)

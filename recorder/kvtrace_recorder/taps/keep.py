@@ -197,15 +197,16 @@ def sum_rows(
     prompts = any(s.position < s.prompt_tokens for s in step.record.sequences)
     if on_host and not (plan.sums and prompts):
         return None
-    q, k = of_heads(call.q, spec, queries=True), of_heads(call.k, spec, queries=False)
+    given = step.seen_keys if step.is_packed else call.k
+    if given is None:
+        return None
+    q, k = of_heads(call.q, spec, queries=True), of_heads(given, spec, queries=False)
     found: list[tuple[int, int, torch.Tensor]] = []
     lses: list[torch.Tensor] = []
-    for sequence, rows, keys, key_first in _sequences(step, offset):
+    for sequence, rows, keys, key_first in _sequences(step, spec, offset):
         summed = plan.sums and sequence.position < sequence.prompt_tokens
-        if summed and keys is None:
-            keeper.leave_unsummed(sequence.request)
-        summed = summed and keys is not None and keeper.sums(sequence.request, sequence.position)
-        if keys is None or (on_host and not summed):
+        summed = summed and keeper.sums(sequence.request, sequence.position)
+        if on_host and not summed:
             continue
         queries, seen = _rows_of(q, sequence, step, rows), _rows_of(k, sequence, step, keys)
         prompt = min(sequence.count, sequence.prompt_tokens - sequence.position) if summed else 0
@@ -242,25 +243,30 @@ Slots = slice | NDArray[np.int64]
 
 
 def _sequences(
-    step: ActiveStep, offset: int
-) -> Iterator[tuple[Sequenced, Slots, Slots | None, int]]:
-    """Of each request: where its rows and the keys it sees stand, and its first key's position.
-
-    The keys are None where the kernel was given only the step's own, and others were seen.
-    """
-    start = 0
+    step: ActiveStep, spec: LayerSpec, offset: int
+) -> Iterator[tuple[Sequenced, Slots, Slots, int]]:
+    """Of each request: where its rows and the keys it sees stand, and its first key's position."""
+    if step.is_packed:
+        yield from _packed(step, spec.sliding_window)
+        return
     for sequence in step.record.sequences:
-        if step.is_packed:
-            own = slice(start, start + sequence.count)
-            start += sequence.count
-            whole = not sequence.position and sequence.count >= sequence.prompt_tokens
-            yield sequence, own, own if whole else None, 0
-            continue
         batch_row = sequence.batch_index
         real = step.entry.real[batch_row, : step.past + step.length]
         key_first = int(real[:offset].sum())
         keys = np.flatnonzero(real[offset:])
         yield sequence, _as_slice(np.flatnonzero(step.real[batch_row])), _as_slice(keys), key_first
+
+
+def _packed(step: ActiveStep, window: int | None) -> Iterator[tuple[Sequenced, Slots, Slots, int]]:
+    """The same where all requests stand in one row, one after the other."""
+    sequences = iter(step.record.sequences)
+    row = key = 0
+    for is_recorded, past, count in step.spans:
+        seen = count + (past if window is None else min(past, window - 1))
+        if is_recorded:
+            rows, keys = slice(row, row + count), slice(key, key + seen)
+            yield next(sequences), rows, keys, past + count - seen
+        row, key = row + count, key + seen
 
 
 def _as_slice(slots: NDArray[np.int64]) -> Slots:

@@ -44,6 +44,7 @@ def _looks() -> list[tuple[type, str, Look]]:
     from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
 
     looks: list[tuple[type, str, Look]] = [
+        (PagedAttentionCache, "update", _update),
         (PagedAttentionCache, "evict_cached_blocks", _evict),
         (PagedAttentionCache, "reset", _reset),
         (OffloadingManager, "_offload_to_cpu", paged_offload.offload),
@@ -186,6 +187,13 @@ def _free(
             lambda block: block in shared or block in cached,
         )
         state.forget(allocator, before)
+
+    return after
+
+
+def _update(session: Session, cache: Any, *args: Any, **kwargs: Any) -> Callable[[Any], None]:
+    def after(result: Any) -> None:
+        session.batches.keys_seen(session.current, result[0])
 
     return after
 
