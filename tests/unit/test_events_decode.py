@@ -278,6 +278,15 @@ def test_live_options_are_refused_with_a_file(
     assert "--for with the file dump" in capsys.readouterr().err
 
 
+def test_a_dump_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "dump").write_bytes(b"precious")
+    words = ["import", "kv-events", "tcp://127.0.0.1:9", "--dump", str(tmp_path / "dump")]
+    assert kvtrace.cli.main([*words, "--out", str(tmp_path / "a.kvtrace")]) == 1
+    assert "exists; a new file was expected for --dump" in capsys.readouterr().err
+    assert (tmp_path / "dump").read_bytes() == b"precious"
+    assert not (tmp_path / "a.kvtrace").exists()
+
+
 @pytest.mark.parametrize("address", ["tcp://nowhere", "tcp://localhost:99999", "http://x:80"])
 def test_a_bad_address_is_one_clear_line(
     tmp_path: Path, address: str, capsys: pytest.CaptureFixture[str]

@@ -128,15 +128,26 @@ class DumpReader:
 class DumpWriter:
     """Keeps messages as they came, to be imported again: msgpack of [topic, sequence, payload].
 
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file to make.
+    force : bool
+        Replace one that is there.
+
     Raises
     ------
     InputError
-        Where the file cannot be made.
+        Where the file is there, or cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, force: bool) -> None:
         try:
-            self._file = path.open("wb")
+            self._file = path.open("wb" if force else "xb")
+        except FileExistsError as error:
+            raise InputError(
+                f"{path} exists; a new file was expected for --dump; choose another, or --force"
+            ) from error
         except OSError as error:
             raise InputError(
                 f"{path} cannot be written ({error.strerror}); --dump takes a file to write;"

@@ -189,7 +189,7 @@ def follow(
     idle_seconds : float, optional
         End after this time without a message.
     force : bool
-        Replace an existing trace.
+        Replace an existing trace, and an existing dump.
     command : list of str
         Kept in the trace.
 
@@ -199,7 +199,9 @@ def follow(
         A line for every kind of thing that could not be read.
     """
     with ExitStack() as stack:
-        keeper = None if dump is None else stack.enter_context(closing(DumpWriter(dump)))
+        keeper = (
+            None if dump is None else stack.enter_context(closing(DumpWriter(dump, force=force)))
+        )
         stop = stack.enter_context(_stop())
         writer = stack.enter_context(
             TraceWriter(out, command=command, detail="events", force=force)
