@@ -7,9 +7,15 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tests.browser.conftest import TEXT
+
+import kvtrace
+from kvtrace_recorder import demo, record
 
 if TYPE_CHECKING:
-    from tests.browser.conftest import Browser, NewBrowser
+    from pathlib import Path
+
+    from tests.browser.conftest import Browser, NewBrowser, Serve
 
     from kvtrace import Trace
 
@@ -45,6 +51,35 @@ def test_hover_tells_the_traces_own_weight(browser: Browser, address: str, trace
         assert tokens[key].strip() in readout["text"]
         told.add((row, key))
     assert len(told) == 3
+
+
+def test_what_was_not_kept_is_said_and_not_drawn(
+    browser: Browser, serve: Serve, tmp_path: Path
+) -> None:
+    model, tokenizer = demo.load()
+    batch = tokenizer(TEXT, return_tensors="pt")
+    path = tmp_path / "run.kvtrace"
+    with record(
+        model, path, tokenizer=tokenizer, layers="1,3", heads=[1], queries="last=4", progress=False
+    ):
+        model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    some = kvtrace.open(path)
+    heads = some.layers[0].q_head_numbers
+    show(browser, serve(tmp_path), "&layer=1&head=0&pool=max")
+    browser.until("document.getElementById('attention-status').textContent.includes('last=4')")
+    assert browser.find("#attention-layer").get_attribute("value") == "3"
+    assert browser.find("#attention-head").get_attribute("value") == str(heads[0])
+    browser.hover("#attention-map", 120, 130)
+    browser.until(
+        "document.getElementById('attention-readout').innerText.includes('query not kept')"
+    )
+    last = len(some.request_rows()) - 1
+    browser.js("document.getElementById('attention-map').focus()")
+    show(browser, serve(tmp_path), "&layer=1&head=0")
+    told = browser.data("#attention-readout")
+    assert int(told["row"]) == last
+    want = some.attention(3, heads[0], rows=np.array([last]))[0, int(told["key"])]
+    assert float(told["weight"]) == float(want)
 
 
 def test_marks_are_listed_with_glyph_and_token(browser: Browser, address: str) -> None:

@@ -75,9 +75,10 @@ def router(context: Context) -> APIRouter:
                 f"no query {row} in request {request}; it has {source.num_tokens} tokens, "
                 "counted from 0"
             )
-        source.check_query(row)
         weights = source.block(np.array([row], np.int64), 0, source.num_keys)[0]
-        return _binary(np.nan_to_num(weights).tobytes())
+        # Hidden keys have no weight; of a query that was not kept none is known.
+        known = np.nan_to_num(weights) if source.has_query(row) else np.full_like(weights, np.nan)
+        return _binary(known.tobytes())
 
     @routes.get("/marks")
     def marks(trace: str, layer: Index, head: Index, request: Index = 0) -> list[dict[str, Any]]:

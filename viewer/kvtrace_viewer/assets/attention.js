@@ -216,6 +216,9 @@ window.kv = window.kv || {};
     }
     const hidden = (pair) => page.shown.layer.causal &&
         (pair.key > pair.row || pair.key <= pair.row - seen(pair.row));
+    const missing = (pair) => Number.isNaN(pair.weight);
+    const weightOf = (pair) => missing(pair) ? "query not kept"
+        : hidden(pair) ? "not visible" : kv.weight(pair.weight);
     const tokenAt = (position) => kv.showToken(page.map.tokens[position]);
     const keyAt = (position) => kv.showToken(page.map.keyTokens[position]);
 
@@ -225,7 +228,7 @@ window.kv = window.kv || {};
             kv.element("span", "kv-tip-token", tokenAt(pair.row)),
             kv.element("span", "kv-tip-arrow", "reads"),
             kv.element("span", "kv-tip-token", keyAt(pair.key)),
-            kv.element("strong", "", hidden(pair) ? "not visible" : kv.weight(pair.weight)),
+            kv.element("strong", "", weightOf(pair)),
         );
         kv.placeTip(box, at.px, at.py);
     }
@@ -252,8 +255,8 @@ window.kv = window.kv || {};
         ];
         line("Query", ...token(tokenAt(pair.row), pair.row));
         line("Key", ...token(keyAt(pair.key), pair.key));
-        line("Weight", kv.element("strong", "", hidden(pair) ? "not visible" : kv.weight(pair.weight)));
-        if (!hidden(pair)) line("Uniform", `${(pair.weight * seen(pair.row)).toFixed(2)}× as much`);
+        line("Weight", kv.element("strong", "", weightOf(pair)));
+        if (!hidden(pair) && !missing(pair)) line("Uniform", `${(pair.weight * seen(pair.row)).toFixed(2)}× as much`);
         box.replaceChildren(list, kv.element("h3", "", "Strongest keys of this query"), strongest(pair),
             kv.element("p", "kv-note", "The wheel zooms, dragging pans, double click shows all."));
     }

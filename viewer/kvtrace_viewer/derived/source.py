@@ -44,13 +44,9 @@ class HeadMap:
         self.num_keys = len(self._k)
         self._both_ways = layer.spec.attention_kind in ("bidirectional", "cross")
 
-    def check_query(self, row: int) -> None:
-        """Refuse a query that was not kept."""
-        if not np.isfinite(self._lse[row]):
-            raise InputError(
-                f"query {row} was not kept in this trace; only some of the prompt's were; "
-                "record it with --queries all"
-            )
+    def has_query(self, row: int) -> bool:
+        """Whether a row's query was kept."""
+        return bool(np.isfinite(self._lse[row]))
 
     def visible_stop(self, last_row: int) -> int:
         """One past the last key that queries up to `last_row` can see."""
