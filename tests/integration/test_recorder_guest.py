@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import shutil
 import signal
 import threading
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -506,3 +510,70 @@ def test_threads_that_wait_for_a_slow_writer_do_not_wait_for_ever(
         for thread in threads:
             thread.join()
     assert (recording.rows, recording.gaps) == (3 * 45, {})
+
+
+def test_two_models_may_take_turns(model: Any, tmp_path: Path) -> None:
+    other = LlamaForCausalLM(model.config).eval()
+    with record(None, tmp_path / "a.kvtrace", strict=True, dtype="float32"), torch.no_grad():
+        caches: list[Any] = [None, None]
+        for step in range(4):
+            for number, each in enumerate((model, other)):
+                ids = IDS if step == 0 else IDS[:, step : step + 1]
+                caches[number] = each(ids, past_key_values=caches[number]).past_key_values
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert [(r.model, r.tokens) for r in trace.requests()] == [(0, 9), (1, 9)]
+    for request, each in enumerate((model, other)):
+        ids = torch.cat([IDS, IDS[:, 1:4]], dim=1)
+        each.set_attn_implementation("eager")
+        with torch.no_grad():
+            expected = each(ids, output_attentions=True).attentions[1][0, 2].numpy()
+        np.testing.assert_allclose(trace.attention(1, 2, request=request), expected, atol=1e-5)
+
+
+def test_threads_with_models_of_their_own(model: Any, tmp_path: Path) -> None:
+    models = [model, LlamaForCausalLM(model.config).eval()]
+    plain = [greedy(each) for each in models]
+    found: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+
+    def run(number: int) -> None:
+        for _ in range(3):
+            found[number].append(greedy(models[number]))
+
+    with record(None, tmp_path / "a.kvtrace", strict=True):
+        threads = [threading.Thread(target=run, args=(number,)) for number in found]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, outputs in found.items():
+        assert all(torch.equal(output, plain[number]) for output in outputs)
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert Counter((r.model, r.tokens) for r in trace.requests()) == {(0, 11): 3, (1, 11): 3}
+    for request in trace.requests():
+        output = trace.tokens(request.request)["token_id"].to_pylist()
+        assert output in [each[0, :11].tolist() for each in plain]
+
+
+@pytest.mark.parametrize("way", ["inference_mode", "autocast", "warnings", "deepcopy", "pickle"])
+def test_whatever_a_program_runs_under(way: str, model: Any, tmp_path: Path) -> None:
+    def run() -> list[torch.Tensor]:
+        if way == "inference_mode":
+            with torch.inference_mode():
+                return [greedy(model), model(IDS).logits]
+        if way == "autocast":
+            with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+                return [greedy(model), model(IDS).logits]
+        if way == "warnings":
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                return [greedy(model), model(IDS).logits]
+        copied = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))  # noqa: S301
+        return [greedy(copied), copied(IDS).logits, greedy(model)]
+
+    plain = run()
+    with record(None, tmp_path / "a.kvtrace", strict=True) as recording:
+        found = run()
+    assert all(torch.equal(x, y) for x, y in zip(found, plain, strict=True))
+    assert recording.gaps == {}
+    tokens = [r.tokens for r in kvtrace.open(tmp_path / "a.kvtrace").requests()]
+    assert tokens == [11, 6, 11][: len(plain)]
