@@ -206,8 +206,7 @@ class Scribe:
         elif k is not None:
             found = self._lse(layer, queries, k, shares, number)
             arrays["lse"] = arrays.get("lse", found)
-        if self._writer.has_rows:
-            self._writer.append_layer(model, layer.spec.layer, **arrays)
+        self._writer.append_layer(model, layer.spec.layer, **arrays)
         for received in layer.received:
             stop = received.first + len(received.values)
             rows = self._histories.rows(received.request)[received.first : stop]

@@ -170,11 +170,6 @@ class TraceWriter:
         self.append("runs", {**run, "pid": [pid or os.getpid()]})
         self.rows = 0
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether layers have row arrays, and steps wait for `append_layer`."""
-        return bool(self._kinds)
-
     def add_model(self, *, config: Mapping[str, Any] | None = None, **columns: Any) -> int:
         """Register a model; keywords are the columns of table `models`. Returns its number."""
         model = self._models
@@ -259,6 +254,9 @@ class TraceWriter:
         ValueError
             Where the layer is not awaited or the number of rows is not the step's.
         """
+        if not self._kinds:
+            # Of events alone no layer has rows.
+            return
         if (model, layer) not in self._awaited:
             raise ValueError(f"layer {layer} of model {model} is not awaited in this step")
         lane = self._lanes[model, layer]
