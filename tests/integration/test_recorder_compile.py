@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F  # noqa: N812 - everybody's name for it
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import kvtrace
 from kvtrace_recorder import record
@@ -182,6 +182,28 @@ def test_a_plain_model_compiled_is_recorded(tmp_path: Path) -> None:
         expected = 3 * model.qkv(x)[1, :, :16].view(9, 2, 8)
     np.testing.assert_allclose(data.q, expected.numpy(), atol=1e-6)
     assert data.spec.attention_kind == "full"
+
+
+def test_attention_that_only_its_own_code_knows_keeps_events_and_a_gap(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    config = GPTJConfig(
+        vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=64, rotary_dim=8, bos_token_id=1
+    )
+    model: Any = GPTJForCausalLM(config).eval()
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        plain = compiled(IDS).logits
+        with record(model, tmp_path / "a.kvtrace", strict=True) as recording:
+            assert torch.equal(compiled(IDS).logits, plain)
+    assert list(recording.gaps) == [
+        "q, k and v of GPTJForCausalLM: no attention call passed the tap"
+    ]
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    events = trace.table("kv_events").to_pylist()
+    assert (trace.rows, [e["event"] for e in events]) == (
+        2 * TOKENS,
+        ["grow", "grow", "free", "free"],
+    )
 
 
 @pytest.mark.slow

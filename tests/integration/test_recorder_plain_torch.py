@@ -211,10 +211,23 @@ def _masks(name: str) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "padding"])
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize(
+    ("mask", "need_weights", "training", "batch_first"),
+    [
+        # The fast path, which takes batches first and no training.
+        ("none", True, False, True),
+        ("causal", False, False, True),
+        ("padding", False, False, True),
+        # Scores and softmax in Python, for the weights.
+        ("none", True, True, True),
+        ("causal", True, False, False),
+        ("padding", True, True, False),
+        # F.scaled_dot_product_attention.
+        ("none", False, True, False),
+        ("causal", False, True, True),
+        ("padding", False, False, False),
+    ],
+)
 def test_multihead_attention_is_recorded(
     mask: str, need_weights: bool, training: bool, batch_first: bool, tmp_path: Path
 ) -> None:
@@ -237,9 +250,10 @@ def test_multihead_attention_is_recorded(
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-@pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("norm_first", "padded", "training"),
+    [(True, False, False), (False, True, False), (True, True, False), (True, True, True)],
+)
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def test_an_encoder_is_recorded_and_stays_on_its_fast_path(
@@ -277,6 +291,36 @@ def test_an_encoder_is_recorded_and_stays_on_its_fast_path(
             for head in range(HEADS):
                 found = trace.attention(number, head, request=request)
                 np.testing.assert_allclose(found, own[0, head].numpy(), atol=1e-5)
+
+
+def test_outputs_of_a_model_of_ones_own_are_verified(tmp_path: Path) -> None:
+    model, path = Model(Grouped), tmp_path / "a.kvtrace"
+    with torch.no_grad(), record(model, path, dtype="float32", strict=True, verify=True):
+        model(ids())
+    found = kvtrace.open(path).table("verifications").to_pylist()
+    assert [(row["layer"], row["rows"]) for row in found] == [(0, 3), (1, 3)]
+    assert max(row["max_error"] for row in found) < 1e-5
+
+
+def test_alibi_of_chosen_heads_and_layers(tmp_path: Path) -> None:
+    model, path = Model(ByHandAlibi), tmp_path / "a.kvtrace"
+    with (
+        torch.no_grad(),
+        record(model, path, dtype="float32", strict=True, layers="1", heads="1,3") as recording,
+    ):
+        model(ids())
+        model(ids())
+    assert recording.rows == 4 * TOKENS
+    trace = kvtrace.open(path)
+    (layer,) = trace.layers
+    assert (layer.layer, layer.name) == (1, "blocks.1")
+    assert layer.kv_heads is not None
+    assert list(layer.kv_heads) == [1, 3]
+    block: Any = model.blocks[1]
+    for request in range(4):
+        for head in (1, 3):
+            found = trace.attention(1, head, request=request)
+            np.testing.assert_allclose(found, block.own[request % 2, head].numpy(), atol=1e-5)
 
 
 def test_a_training_step_keeps_its_gradients(tmp_path: Path) -> None:

@@ -69,8 +69,9 @@ def record(
     Parameters
     ----------
     model : torch.nn.Module or None
-        A transformers model, or a module that contains one. None: every transformers model that
-        runs in this process while the block does, from its first forward pass on.
+        A transformers model, a module that contains one, or any other module: the steps of that
+        are its forward calls, and its requests their batch rows. None: every transformers model
+        that runs in this process while the block does, from its first forward pass on.
     path : path-like
         The trace directory to make, usually `NAME.kvtrace`.
     detail : {"qkv", "qk", "summary", "events"}
@@ -122,8 +123,8 @@ def record(
         On entering, where `path` exists and may not be replaced or joined, or another recording
         runs.
     InputError
-        For an unknown detail, dtype, selection or on_full, and for a model that is none of
-        transformers'.
+        For an unknown detail, dtype, selection or on_full, and for a model that is no
+        torch.nn.Module.
     """
     check_choice("detail", detail, DETAIL_ARRAYS)
     check_choice("dtype", dtype, ("float16", "float32"))

@@ -32,6 +32,7 @@ def take(
     step: ActiveStep,
     call: Call,
     explain: Callable[[ActiveStep, Call], None] | None = None,
+    output: torch.Tensor | None = None,
 ) -> None:
     """Take the rows of an attention call of the running step.
 
@@ -45,6 +46,8 @@ def take(
         Its mask is None or has four axes: bool, or added to the scaled scores.
     explain : callable, optional
         Says in the call's `extra` what its mask does not.
+    output : torch.Tensor, optional
+        What the call gave, [batch, query, q_head, value_dim].
 
     Notes
     -----
@@ -62,6 +65,8 @@ def take(
             return
         call.nth = step.attended[id(call.module)]
         step.attended[id(call.module)] += 1
+        if not session.keeper.asks(step.model.layer_of(call.module, call.nth)):
+            return
         if explain is not None:
             explain(step, call)
         settle(step, call)
@@ -69,6 +74,8 @@ def take(
         step.record.fault = str(error)
         return
     session.attended(step, call)
+    if output is not None and session.samples is not None and step.record.fault is None:
+        session.guard.run("verify", session.samples.take, step, call, output)
 
 
 def _left_out(step: ActiveStep, call: Call) -> str:

@@ -35,7 +35,7 @@ def patches(session: Session) -> list[Patch]:
             step = listening(session)
             if step is not None:
                 started = time.perf_counter_ns()
-                session.guard.run(NAME, _observe, session, step, args, kwargs)
+                session.guard.run(NAME, _observe, session, step, args, kwargs, output)
                 step.tap_ns += time.perf_counter_ns() - started
             return output
 
@@ -45,7 +45,11 @@ def patches(session: Session) -> list[Patch]:
 
 
 def _observe(
-    session: Session, step: ActiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]
+    session: Session,
+    step: ActiveStep,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: torch.Tensor,
 ) -> None:
     # Between here and the caller stand the guard and the wrapper.
     module = calling_module(depth=2)
@@ -58,7 +62,9 @@ def _observe(
         # Broadcast as the kernel does: missing axes are at the front.
         mask = mask.reshape((1,) * (q.ndim - mask.ndim) + tuple(mask.shape))
     extra = {"scaling": given.get("scale"), "is_causal": bool(given.get("is_causal"))}
-    take(session, step, Call(module, q, k, v, mask, extra))
+    heard = with_heads(output)
+    given_back = None if heard is None else heard.transpose(1, 2)
+    take(session, step, Call(module, q, k, v, mask, extra), output=given_back)
 
 
 def with_heads(x: torch.Tensor) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.bias import Measured, hidden_below, measure
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.guard import UnrecordableError
+from kvtrace_recorder.taps.keep import q_heads
 from kvtrace_recorder.taps.masks import is_check_due
 
 
@@ -50,9 +51,13 @@ def use(call: Call, measured: Measured, known: LayerSpec | None) -> None:
         if slopes is None:
             raise UnrecordableError("too few keys to tell which bias an attention adds")
         call.extra["alibi_slopes"] = slopes.tolist() if slopes.any() else None
-    elif slopes is not None and not np.allclose(
-        slopes, known.alibi_slopes or 0.0, rtol=1e-3, atol=max(measured.slack, 1e-6)
-    ):
+        return
+    if slopes is None:
+        return
+    if known.kv_heads is not None:
+        slopes = slopes[q_heads(known.kv_heads, known.num_q_heads // known.num_kv_heads)]
+    expected, slack = known.alibi_slopes or 0.0, max(measured.slack, 1e-6)
+    if not np.allclose(slopes, expected, rtol=1e-3, atol=slack):
         raise UnrecordableError(f"layer {known.layer} adds another bias than it did before")
 
 
