@@ -107,7 +107,7 @@ class ContinuousBatches:
         state = self.cache(inputs["cache"].pool)
         if any(state.requests.departs(*_request(state, future)) for future in batch):
             flush()
-        members = self._local.members = self._members(state, batch, ids.shape[1])
+        members = self._members(state, batch, ids.shape[1])
         record = StepRecord(
             phase=_phase(batch),
             batch_size=len(batch),
@@ -129,11 +129,6 @@ class ContinuousBatches:
         """The cache has put the keys together that a layer of a step sees, old and new."""
         if step is not None and (step.keeps is None or step.keeps.sums):
             step.seen_keys = keys
-
-    def end(self, step: ActiveStep) -> None:
-        """The model has returned and the step is on its way, or was given up."""
-        for request in self._local.members.requests:
-            request.lost = request.lost or step.entry.lost
 
     def settle(self, processor: Any) -> None:
         """A processor has updated its batch: end what has ended, and say what became free."""

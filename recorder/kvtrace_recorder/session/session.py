@@ -236,7 +236,6 @@ class Session:
             record.fault = self._differing_layers(step)
         if step.is_packed:
             self._submit(step)
-            self.batches.end(step)
             return
         if step.half == ENCODER:
             self._encoded(step, output)
@@ -259,8 +258,6 @@ class Session:
         step.record.fault = step.record.fault or "the forward pass raised"
         self._release(step.entry.encoder, read=False)
         self._submit(step)
-        if step.is_packed:
-            self.batches.end(step)
 
     def cache_changes(self, cache: Any) -> None:
         """A cache is about to be changed: what is held of it is copied first."""
