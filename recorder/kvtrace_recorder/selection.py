@@ -36,9 +36,9 @@ class Queries:
     Attributes
     ----------
     last : int or None
-        The last so many.
+        Only of the last so many.
     every : int or None
-        Those whose position is a multiple, and the last.
+        Only those whose position is a multiple, and the last.
     """
 
     last: int | None = None
@@ -56,16 +56,16 @@ class Queries:
     def of(self, position: int, count: int, prompt_tokens: int) -> Bools:
         """Which of `count` tokens from `position` on keep their query."""
         positions = np.arange(position, position + count)
+        found = np.ones(count, bool)
         if self.last is not None:
-            return np.asarray(positions >= prompt_tokens - self.last)
+            found &= positions >= prompt_tokens - self.last
         if self.every is not None:
-            return np.asarray((positions % self.every == 0) | (positions >= prompt_tokens - 1))
-        return np.ones(count, bool)
+            found &= (positions % self.every == 0) | (positions >= prompt_tokens - 1)
+        return found
 
     def __str__(self) -> str:
-        if self.last is not None:
-            return f"last={self.last}"
-        return "all" if self.every is None else f"every={self.every}"
+        given = {"last": self.last, "every": self.every}
+        return ",".join(f"{k}={v}" for k, v in given.items() if v is not None) or "all"
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def test_queries_of_a_prompt() -> None:
     # A prompt that comes in two parts, and the tokens after it.
     assert np.flatnonzero(Queries(last=2).of(7, 5, 10)).tolist() == [1, 2, 3, 4]
     assert np.flatnonzero(Queries(every=4).of(7, 5, 11)).tolist() == [1, 3, 4]
+    assert np.flatnonzero(Queries(every=4, last=3).of(0, 9, 9)).tolist() == [8]
     assert str(parse_selection(queries="every=4").queries) == "every=4"
 
 
@@ -137,6 +138,8 @@ def test_a_step_too_large_for_its_level_is_kept_at_the_next() -> None:
     run = Recorded(130 * ROW)
     plan = run.step()
     assert (str(plan.queries), plan.kinds, plan.sums) == ("last=64", frozenset("qkv"), True)
+    every = Recorded(60 * ROW, queries="every=2").step()
+    assert (str(every.queries), every.kinds) == ("last=64,every=2", frozenset("qk"))
     assert Recorded(130 * ROW, queries="last=10").step().kinds == frozenset("qkv")
 
 

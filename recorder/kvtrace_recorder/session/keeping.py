@@ -260,9 +260,8 @@ class Keeper:
 def _levels(asked: Plan) -> list[Plan]:
     """The levels but the halvings, which go on as long as there are layers."""
     found = [asked]
-    fewer = Queries(last=LAST_QUERIES)
     if "q" in asked.kinds and asked.queries.is_wider_than(LAST_QUERIES):
-        found.append(replace(found[-1], queries=fewer))
+        found.append(replace(asked, queries=replace(asked.queries, last=LAST_QUERIES)))
     if "v" in asked.kinds:
         found.append(replace(found[-1], kinds=found[-1].kinds - {"v"}))
     return found

@@ -109,7 +109,8 @@ def _show(found: dict[str, Any]) -> None:
         blocks = f" of {found['blocks']:,} blocks" if found["blocks"] else ""
         out.print(f"events    {found['kv_events']:,} KV events{blocks}")
     if found["layers"]:
-        out.print(f"detail    {found['detail']} in {found['dtype']}: {_precision(found)}")
+        stored = f" in {found['dtype']}: {_precision(found)}" if "k" in found["kinds"] else ""
+        out.print(f"detail    {found['detail']}{stored}")
         out.print(f"queries   {_selected(found)}")
     if found["verified"]:
         out.print(f"verified  {_verified(found['verified'])}")

@@ -35,6 +35,7 @@ from kvtrace_viewer.pages.common import (
     request_options,
     with_trace,
 )
+from kvtrace_viewer.replay.replayable import layers_replayed
 
 PATH = "/replay"
 NAME = "Replay"
@@ -112,7 +113,10 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     replayed = set(cached_requests(trace))
     requests = [one for one in trace.requests() if one.request in replayed]
     request = choose_request(requests, query.get("request"))
-    layers = cached_layers(trace, [request.request])
+    replayed_layers = set(layers_replayed(trace, list(replayed)))
+    layers = [
+        layer for layer in cached_layers(trace, [request.request]) if layer.layer in replayed_layers
+    ]
     numbers = tuple(str(layer.layer) for layer in layers) or ("0",)
     heads = max((layer.kv_head_numbers for layer in layers), key=len, default=[0])
     head_numbers = tuple(map(str, heads))

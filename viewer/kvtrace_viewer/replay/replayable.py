@@ -88,6 +88,13 @@ def layers_held(held: Sequence[Holdings], *kinds: str) -> list[int]:
     return sorted(set.intersection(*found)) if found else []
 
 
+def layers_replayed(trace: Trace, requests: Sequence[int]) -> list[int]:
+    """Layers that a replay of some requests covers: those whose keys the trace holds whole."""
+    if "k" in trace.signals:
+        return [layer.layer for layer in trace.layers]
+    return layers_held([trace.holdings(request) for request in requests])
+
+
 def _query_obstacle(held: Sequence[Holdings], policy: Policy, when: When) -> str | None:
     partial = [one for one in held if not one.has_all_queries]
     if not partial:
