@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtrace.attention import bias_index
 from kvtrace.writer import LayerSpec
 
 Float = NDArray[np.float32]
@@ -132,7 +133,7 @@ def _bounds(rows: Positions, tokens: int, spec: LayerSpec) -> tuple[Positions, P
 
 
 def _bend(scores: Float, spec: LayerSpec, heads: slice, rows: Positions, first_key: int) -> None:
-    """Apply softcap and ALiBi to scores [row, head, key] of keys from `first_key` on."""
+    """Apply softcap and biases to scores [row, head, key] of keys from `first_key` on."""
     if spec.softcap is not None:
         scores /= np.float32(spec.softcap)
         np.tanh(scores, out=scores)
@@ -142,6 +143,10 @@ def _bend(scores: Float, spec: LayerSpec, heads: slice, rows: Positions, first_k
         keys = first_key + np.arange(scores.shape[2])
         distance = (keys[None, :] - rows[:, None]).astype(np.float32)
         scores += slopes[None, :, None] * distance[:, None, :]
+    if spec.position_bias is not None:
+        table = np.array(spec.position_bias[heads], np.float32)
+        keys = first_key + np.arange(scores.shape[2])
+        scores += table[:, bias_index(table.shape[1], rows, keys)].transpose(1, 0, 2)
 
 
 def _hide(scores: Float, low: Positions, high: Positions) -> None:

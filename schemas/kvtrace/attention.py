@@ -25,7 +25,7 @@ def scores(q: Float, k: Float, rows: Positions, keys: Positions, layer: Layer, h
     rows, keys : numpy.ndarray
         Positions in the request.
     layer : Layer
-        Gives scale, softcap and ALiBi's slopes.
+        Gives scale, softcap and biases by position.
     head : int
         The query head.
 
@@ -41,7 +41,16 @@ def scores(q: Float, k: Float, rows: Positions, keys: Positions, layer: Layer, h
     if layer.alibi_slopes is not None:
         distance = keys[None, :] - rows[:, None]
         found += q.dtype.type(layer.alibi_slopes[head]) * distance.astype(q.dtype)
+    if layer.position_bias is not None:
+        table = np.array(layer.position_bias[head], q.dtype)
+        found += table[bias_index(len(table), rows, keys)]
     return found
+
+
+def bias_index(length: int, rows: Positions, keys: Positions) -> Positions:
+    """Where a table of `length` numbers by distance has each pair's: [row, key]."""
+    reach = length // 2
+    return np.asarray(np.clip(keys[None, :] - rows[:, None], -reach, reach) + reach)
 
 
 def visible(rows: Positions, keys: Positions, layer: Layer) -> NDArray[np.bool_]:

@@ -33,6 +33,7 @@ class Layer:
     name: str | None = None
     kv_heads: Sequence[int] | None = None
     alibi_slopes: Sequence[float] | None = None
+    position_bias: Sequence[Sequence[float]] | None = None
 
     @property
     def is_cross(self) -> bool:

@@ -27,7 +27,7 @@ CREATE TABLE layers (
     model BIGINT, layer INTEGER, attention_kind VARCHAR, num_q_heads INTEGER, num_kv_heads INTEGER,
     head_dim INTEGER, value_dim INTEGER, scale DOUBLE, sliding_window INTEGER, softcap DOUBLE,
     has_sinks BOOLEAN, rope_theta DOUBLE, array_group INTEGER, array_index INTEGER,
-    name VARCHAR, kv_heads INTEGER[], alibi_slopes DOUBLE[]
+    name VARCHAR, kv_heads INTEGER[], alibi_slopes DOUBLE[], position_bias DOUBLE[][]
 );
 COMMENT ON TABLE layers IS 'One row per attention layer.';
 COMMENT ON COLUMN layers.attention_kind IS 'full, sliding, bidirectional (an encoder: every token sees every token), or cross (queries of the request, keys and values of its encoder_request).';
@@ -38,6 +38,7 @@ COMMENT ON COLUMN layers.array_index IS 'Index of this layer on axis 1 of its gr
 COMMENT ON COLUMN layers.name IS 'The attention module''s name in the model; null where unknown.';
 COMMENT ON COLUMN layers.kv_heads IS 'The model''s numbers of the KV heads that were kept, with their query heads; null when all.';
 COMMENT ON COLUMN layers.alibi_slopes IS 'Per query head, added to the scaled score times (key position - query position); null without ALiBi.';
+COMMENT ON COLUMN layers.position_bias IS 'Per query head, added to the scaled score by (key position - query position), from -d to d in 2 d + 1 numbers; farther keys take the first or the last. Null without a learned bias.';
 
 CREATE TABLE requests (
     request BIGINT, run INTEGER, model BIGINT, external_id VARCHAR, batch_index INTEGER,

@@ -73,6 +73,7 @@ class LayerSpec:
     name: str | None = None
     kv_heads: tuple[int, ...] | None = None
     alibi_slopes: tuple[float, ...] | None = None
+    position_bias: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass

@@ -16,6 +16,8 @@ from transformers import (
     MarianMTModel,
     T5Config,
     T5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -23,6 +25,7 @@ from transformers import (
 import kvtrace
 from kvtrace import InputError
 from kvtrace_recorder import record
+from kvtrace_viewer.replay import replay
 
 NEW = 7
 #: Encoder, decoder, cross: three encoder layers, two decoder layers.
@@ -250,21 +253,70 @@ def test_what_is_not_the_encoders_output_is_a_gap(tmp_path: Path) -> None:
     assert recording.gaps == {"the decoder read an encoder's output that was not recorded": 2}
 
 
-def test_a_learned_position_bias_is_a_gap(tmp_path: Path) -> None:
+def build_t5(kind: Any = T5ForConditionalGeneration, configuration: Any = T5Config) -> Any:
+    """Tiny, of random weights; its bias ends at a distance of 12."""
     torch.manual_seed(1)
-    config = T5Config(
-        vocab_size=40, d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=32, eos_token_id=None
+    config = configuration(
+        vocab_size=40,
+        d_model=32,
+        d_kv=8,
+        num_heads=4,
+        num_layers=3,
+        num_decoder_layers=2,
+        d_ff=32,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        eos_token_id=None,
+        pad_token_id=0,
+        decoder_start_token_id=0,
     )
-    config.decoder_start_token_id = 0
-    model = T5ForConditionalGeneration(config).eval()
-    ids = torch.tensor([[5, 9, 7, 3]])
-    plain = generate(model, ids, torch.ones_like(ids))
+    model = kind(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "relative_attention_bias" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(4))
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "configuration"),
+    [(T5ForConditionalGeneration, T5Config), (UMT5ForConditionalGeneration, UMT5Config)],
+)
+def test_a_learned_position_bias_is_part_of_the_layer(
+    kind: Any, configuration: Any, beams: int, tmp_path: Path
+) -> None:
+    model = build_t5(kind, configuration)
+    ids = torch.randint(3, 40, (2, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    ids[1, 15:], mask[1, 15:] = 0, 0
+    found, trace = recorded(
+        tmp_path / "a.kvtrace",
+        model,
+        lambda: generate(model, ids, mask, num_beams=beams, min_new_tokens=NEW),
+    )
+    ends = [check(trace, model, request)[1] for request in range(2, 2 + 2 * beams)]
+    assert found.sequences[0, :-1].tolist() in ends
+    biases = {spec.layer: spec.position_bias for spec in trace.layers}
+    assert all(biases[n] is None for n in CROSS)
+    own = biases[DECODER[1]]
+    assert own is not None
+    assert (len(own), len(own[0])) == (4, 25)
+    with pytest.raises(InputError, match="a learned position bias"):
+        replay(trace, ["lru"], ["50%"], requests=[2], store=False)
+
+
+def test_a_bias_that_nothing_explains_is_a_gap(tmp_path: Path) -> None:
+    model = build_t5()
+    first = model.encoder.block[0].layer[0].SelfAttention
+    original = first.compute_bias
+    first.compute_bias = lambda *args, **kwargs: original(*args, **kwargs) + 1
+    ids = torch.randint(3, 40, (1, 5), generator=torch.Generator().manual_seed(2))
     with record(model, tmp_path / "a.kvtrace", strict=True) as recording:
-        found = generate(model, ids, torch.ones_like(ids))
-    assert torch.equal(plain.sequences, found.sequences)
-    assert any("adds a position bias to its scores" in reason for reason in recording.gaps)
-    trace = kvtrace.open(tmp_path / "a.kvtrace")
-    assert (trace.rows, trace.table("steps").num_rows) == (0, 1 + NEW)
+        generate(model, ids, torch.ones_like(ids))
+    assert "layer 0 adds another position bias than it learned" in recording.gaps
+    assert kvtrace.open(tmp_path / "a.kvtrace").rows == 0
 
 
 def test_waiting_for_a_decoder_never_stops_the_model(tmp_path: Path) -> None:

@@ -45,6 +45,10 @@ class ModelState:
         self._kin = self._attention_modules(model)
         self._modules: dict[int, Any] = {}
         self._model = weakref.ref(model)
+        self._biases: dict[str | None, weakref.ref[Any]] = {}
+        for module in model.modules():
+            if getattr(module, "has_relative_attention_bias", False) is True:
+                self._biases.setdefault(self._halves.get(id(module)), weakref.ref(module))
         self._names = {id(module): name for name, module in model.named_modules()}
 
     def name_of(self, module: Any) -> str | None:
@@ -54,6 +58,16 @@ class ModelState:
     def is_cross(self, module: Any) -> bool:
         """Whether an attention module of the decoder reads the encoder's tokens."""
         return self._halves.get(id(module)) == DECODER and not getattr(module, "is_causal", True)
+
+    def bias_source(self, module: Any) -> Any:
+        """The module that learned the position bias of an attention module; None without.
+
+        Its own, or that of its half's first layer, which T5 hands on to the others.
+        """
+        if getattr(module, "has_relative_attention_bias", False) is True:
+            return module
+        found = self._biases.get(self._halves.get(id(module)))
+        return None if found is None else found()
 
     def cache_index(self, module: Any, layer: int) -> int:
         """Where the cache keeps the keys of an attention module."""

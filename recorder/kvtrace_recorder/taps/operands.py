@@ -23,6 +23,7 @@ from kvtrace_recorder.taps.keep import (
 )
 from kvtrace_recorder.taps.masks import check_mask
 from kvtrace_recorder.taps.packed_masks import check_packed_mask
+from kvtrace_recorder.taps.position_bias import bias_table, check_bias
 
 #: Asking an abstract class costs more than the rest of the look-up: once a type.
 _FORMS: dict[type, str] = {}
@@ -58,6 +59,7 @@ def take_rows(step: ActiveStep, call: Call, keeper: Keeper) -> Taken | None:
             f" {step.batch} x {length} tokens"
         )
     spec = _spec(step.model, layer, call, keeper)
+    check_bias(step, call, spec)
     index = step.model.cache_index(call.module, layer)
     if spec.attention_kind == "cross":
         step.taken[layer] = found = take_cross(step, call, spec, keeper)
@@ -105,8 +107,6 @@ def _spec(model: ModelState, layer: int, call: Call, keeper: Keeper) -> LayerSpe
 
 def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
     extra = call.extra
-    if extra.get("position_bias") is not None:
-        raise UnrecordableError(f"layer {layer} adds a position bias to its scores")
     # Continuous batching passes is_causal=False where its mask says so instead.
     causal = True if is_paged(extra) else extra.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
@@ -130,6 +130,7 @@ def _describe_layer(model: ModelState, layer: int, call: Call) -> LayerSpec:
         rope_theta=model.rope_theta(call.module),
         name=model.name_of(call.module),
         alibi_slopes=None if slopes is None else tuple(slopes),
+        position_bias=bias_table(model, layer, call),
     )
 
 

@@ -69,6 +69,8 @@ def obstacle(
     """
     if any(layer.attention_kind == "bidirectional" for layer in layers):
         return "attention runs both ways, so there is no KV cache to evict from"
+    if any(layer.position_bias is not None for layer in layers):
+        return "the model adds a learned position bias to its scores, which replays do not know"
     kept = {kind for layer in layers_held(held) for kind in held[0].layers[layer]} if held else ()
     missing = [kind for kind in ("k", "q") if kind not in kept]
     if missing:
