@@ -307,6 +307,21 @@ def test_a_learned_position_bias_is_part_of_the_layer(
         replay(trace, ["lru"], ["50%"], requests=[2], store=False)
 
 
+def test_chosen_heads_keep_their_bias(tmp_path: Path) -> None:
+    model = build_t5()
+    ids = torch.randint(3, 40, (1, 20), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    paths = [tmp_path / "all.kvtrace", tmp_path / "one.kvtrace"]
+    for path, heads in zip(paths, (None, "2"), strict=True):
+        with record(model, path, dtype="float32", heads=heads, strict=True) as recording:
+            generate(model, ids, mask)
+        assert recording.gaps == {}
+    whole, one = (kvtrace.open(path) for path in paths)
+    for layer, request in ((0, 0), (4, 1), (6, 1)):
+        expected = whole.attention(layer, 2, request=request)
+        np.testing.assert_allclose(one.attention(layer, 2, request=request), expected, atol=1e-6)
+
+
 def test_a_bias_that_nothing_explains_is_a_gap(tmp_path: Path) -> None:
     model = build_t5()
     first = model.encoder.block[0].layer[0].SelfAttention
@@ -376,3 +391,25 @@ def test_an_encoder_of_sound_has_tokens_without_ids(tmp_path: Path) -> None:
     ):
         found = trace.attention(layer, 2, request=request)
         np.testing.assert_allclose(found, maps[1, 2].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"detail": "summary"}, set()),
+        ({"detail": "qk"}, {"q", "k", "lse"}),
+        ({"layers": "0,3,5"}, {"q", "k", "v", "lse"}),
+    ],
+)
+def test_less_detail_is_kept_of_both_halves(
+    options: dict[str, Any], kept: set[str], tmp_path: Path
+) -> None:
+    model = build()
+    with record(model, tmp_path / "a.kvtrace", strict=True, **options) as recording:
+        generate(model, *texts())
+    assert recording.gaps == {}
+    trace = kvtrace.open(tmp_path / "a.kvtrace")
+    assert trace.signals & {"q", "k", "v", "lse"} == kept
+    assert [r.encoder_request for r in trace.requests()] == [None, None, 0, 1]
+    if kept:
+        assert trace.attention(CROSS[0], 1, request=3).shape == (NEW, 8)

@@ -39,6 +39,10 @@ def naive(
                 scores = spec.softcap * np.tanh(scores / spec.softcap)
             if spec.alibi_slopes is not None:
                 scores += spec.alibi_slopes[head] * (np.arange(first, last) - row)
+            if spec.position_bias is not None:
+                # Five numbers: distances -2 to 2.
+                at = [min(2, max(-2, key - row)) + 2 for key in range(first, last)]
+                scores += np.array(spec.position_bias[head])[at]
             total = np.exp(scores).sum() + (0 if sinks is None else np.exp(sinks[head]))
             found[row, head] = np.log(total)
     return found
@@ -51,6 +55,8 @@ SPECS: list[tuple[dict[str, Any], bool]] = [
     ({"attention_kind": "bidirectional"}, False),
     ({"alibi_slopes": (0.5, 0.25, 0.125, 0.7, 0.01, 0.0)}, False),
     ({"alibi_slopes": (0.5, 0.25, 0.125, 0.7, 0.01, 0.0), "softcap": 1.5}, True),
+    ({"position_bias": ((0.5, -1.0, 0.25, 2.0, 1.0),) * 5 + ((3.0, 1.0, 0.0, -1.0, 2.0),)}, False),
+    ({"position_bias": ((1.0, 2.0, 3.0, 4.0, 5.0),) * 6, "attention_kind": "bidirectional"}, True),
     ({"sliding_window": 9, "attention_kind": "sliding"}, True),
 ]
 

@@ -24,6 +24,7 @@ FORMS: list[dict[str, Any]] = [
     {"softcap": 3.0},
     {"alibi_slopes": (0.5, 0.25, 0.125, 0.0625)},
     {"attention_kind": "bidirectional"},
+    {"position_bias": ((0.5, 0.25, 1.0), (1.0, 2.0, 3.0), (0.0, 1.0, 0.0), (2.0, 0.0, -1.0))},
 ]
 
 
@@ -44,6 +45,9 @@ def plain(q: torch.Tensor, k: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
     distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)[None, :]
     if spec.alibi_slopes is not None:
         scores = scores - torch.tensor(spec.alibi_slopes)[:, None, None] * distance
+    if spec.position_bias is not None:
+        # Three numbers: distances -1 to 1.
+        scores = scores + torch.tensor(spec.position_bias)[:, (-distance).clamp(-1, 1) + 1]
     if spec.attention_kind != "bidirectional":
         hidden = distance < 0
         if spec.sliding_window is not None:

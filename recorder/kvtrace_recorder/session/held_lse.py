@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from kvtrace.writer import LayerSpec
@@ -77,5 +76,9 @@ def held_lse(
 
 
 def _repeated(spec: LayerSpec, batch: int) -> LayerSpec:
-    slopes = spec.alibi_slopes
-    return spec if slopes is None else replace(spec, alibi_slopes=tuple(np.tile(slopes, batch)))
+    slopes, bias = spec.alibi_slopes, spec.position_bias
+    return replace(
+        spec,
+        alibi_slopes=None if slopes is None else tuple(slopes) * batch,
+        position_bias=None if bias is None else tuple(bias) * batch,
+    )

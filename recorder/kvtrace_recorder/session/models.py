@@ -55,6 +55,11 @@ class ModelState:
         """Name of a module in the model."""
         return self._names.get(id(module))
 
+    @property
+    def has_halves(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return bool(self._halves)
+
     def is_cross(self, module: Any) -> bool:
         """Whether an attention module of the decoder reads the encoder's tokens."""
         return self._halves.get(id(module)) == DECODER and not getattr(module, "is_causal", True)

@@ -460,7 +460,9 @@ class Session:
         if found is None:
             found = self._models[module] = ModelState(next(self._keys), module)
             self._pipeline.put(found.info)
-            if problem := self.keeper.unknown_layers(found.info.columns):
+            problem = self.keeper.unknown_layers(found.info.columns)
+            # The configuration of an encoder-decoder counts the layers of one half.
+            if problem and not found.has_halves:
                 self.note_once(problem)
         return found
 

@@ -89,13 +89,14 @@ def choose_heads(spec: LayerSpec, heads: tuple[int, ...] | None) -> LayerSpec:
             f" {number_text(range(spec.num_kv_heads))}"
         )
     group = spec.num_q_heads // spec.num_kv_heads
-    slopes = spec.alibi_slopes
+    slopes, bias, numbers = spec.alibi_slopes, spec.position_bias, q_heads(kept, group)
     return replace(
         spec,
         num_q_heads=len(kept) * group,
         num_kv_heads=len(kept),
         kv_heads=kept,
-        alibi_slopes=None if slopes is None else tuple(slopes[h] for h in q_heads(kept, group)),
+        alibi_slopes=None if slopes is None else tuple(slopes[h] for h in numbers),
+        position_bias=None if bias is None else tuple(bias[h] for h in numbers),
     )
 
 

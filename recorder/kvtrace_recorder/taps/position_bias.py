@@ -14,6 +14,7 @@ from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.guard import UnrecordableError
+from kvtrace_recorder.taps.keep import q_heads
 from kvtrace_recorder.taps.masks import is_check_due
 
 #: [q_head][distance], as in column `position_bias` of table `layers`.
@@ -69,11 +70,13 @@ def check_bias(step: ActiveStep, call: Call, spec: LayerSpec) -> None:
         return
     if not is_check_due(step):
         return
+    group = spec.num_q_heads // spec.num_kv_heads
     last, total = step.past + step.length - 1, step.past + step.length
     count = call.k.shape[2] if spec.attention_kind == "cross" else min(total, call.k.shape[2])
     found: NDArray[np.float32] = np.zeros((spec.num_q_heads, count), np.float32)
     if bias is not None:
-        found += bias[0, :, -1, :count].detach().float().cpu().numpy()
+        row = bias[0, :, -1, :count].detach().float().cpu().numpy()
+        found += row if spec.kv_heads is None else row[q_heads(spec.kv_heads, group)]
     expected = np.zeros_like(found)
     if spec.position_bias is not None:
         table = np.array(spec.position_bias, np.float32)

@@ -61,7 +61,7 @@ def row_sums(
     query_first, key_first : int
         Positions in the request of the first of them; the others follow without a hole.
     spec : LayerSpec
-        Gives scale, softcap, window, slopes and whether the layer is causal.
+        Gives scale, softcap, window, biases and whether the layer is causal.
     dtype : torch.dtype
         The trace's: sums are over q and k as they are stored, so that a reader finds the same.
     sinks : torch.Tensor, optional
@@ -134,6 +134,10 @@ def _scores(
     if spec.alibi_slopes is not None:
         slopes = torch.tensor(spec.alibi_slopes, dtype=torch.float32, device=q.device)
         found = found - slopes[:, None, None] * distance
+    if spec.position_bias is not None:
+        table = torch.tensor(spec.position_bias, dtype=torch.float32, device=q.device)
+        reach = table.shape[1] // 2
+        found = found + table[:, (-distance).clamp(-reach, reach) + reach]
     if spec.attention_kind != "bidirectional":
         hidden = distance < 0
         if spec.sliding_window is not None:
