@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import kvtrace
 from kvtrace.cli import main
 from kvtrace.errors import InputError
 from kvtrace_recorder import TraceCallback, record
+from kvtrace_viewer.derived.emergence import by_training_step
 
 
 @pytest.fixture(autouse=True)
@@ -277,3 +280,28 @@ def test_a_training_script_is_sampled_by_the_verb(tmp_path: Path) -> None:
     assert main(["record", *words]) == 0
     assert steps_of(out) == [("train", step, 48) for step in (0, 3, 6)]
     assert kvtrace.open(out).rows == 3 * 12
+
+
+def test_the_example_shows_what_emerges(tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "record_training.py"
+    out = tmp_path / "training.kvtrace"
+    command = [sys.executable, str(example), "--steps", "4", "--every", "2", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "first_token_mean" in done.stdout
+    found = by_training_step(kvtrace.open(out))
+    assert found.num_rows == 2 * 2 * 4
+    trace = kvtrace.open(out)
+    first, *_ = found.to_pylist()
+    assert (first["training_step"], first["layer"], first["head"]) == (0, 0, 0)
+    weights = trace.attention(0, 0)
+    assert first["first_token"] == pytest.approx(weights[65:, 0].mean(), rel=1e-4)
+    # Nothing has been learned yet: attention is uniform.
+    assert (first["sinks"], first["heavy_hitters"]) == (0, 0)
+
+
+def test_a_trace_without_training_shows_nothing_emerging(tmp_path: Path) -> None:
+    with record(tiny(), tmp_path / "a.kvtrace"):
+        pass
+    with pytest.raises(InputError, match="holds no step of a training"):
+        by_training_step(kvtrace.open(tmp_path / "a.kvtrace"))

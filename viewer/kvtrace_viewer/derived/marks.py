@@ -62,8 +62,16 @@ def find_marks(source: WeightSource) -> list[Mark]:
     The distance is a quarter of a request shorter than four times 64 tokens. The map is read a
     block of rows at a time and only sums per key are kept.
     """
-    distance = min(SINK_DISTANCE, source.num_tokens // 4)
-    sums = key_sums(source, distance)
+    return marks_of(source, key_sums(source, sink_distance(source)))
+
+
+def sink_distance(source: WeightSource) -> int:
+    """How many tokens later a query has to be to count for a sink."""
+    return min(SINK_DISTANCE, source.num_tokens // 4)
+
+
+def marks_of(source: WeightSource, sums: KeySums) -> list[Mark]:
+    """The same as `find_marks`, where the sums are there already."""
     seen_from_far = sums.far_queries > 0
     share = np.divide(sums.far, sums.far_queries, out=np.zeros_like(sums.far), where=seen_from_far)
     ratio = np.divide(
