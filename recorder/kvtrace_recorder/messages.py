@@ -291,6 +291,27 @@ class Outputs:
 
 
 @dataclass(frozen=True)
+class RowlessRequest:
+    """A request of which no row can be recorded: events name it.
+
+    Attributes
+    ----------
+    model : int
+        Key of its model.
+    request, external_id, prompt_tokens
+        As in `Sequenced`.
+    started_ns : int
+        Wall clock.
+    """
+
+    model: int
+    request: int
+    external_id: str | None
+    prompt_tokens: int
+    started_ns: int
+
+
+@dataclass(frozen=True)
 class Dormant:
     """Requests that have ended, while others may still begin with blocks of theirs: their keys."""
 
@@ -322,9 +343,20 @@ class Gap:
     reason: str
 
 
-Message = ModelInfo | Vocabulary | StepBatch | CacheChange | Outputs | Dormant | Ended | Gap
+Message = (
+    ModelInfo
+    | Vocabulary
+    | StepBatch
+    | CacheChange
+    | Outputs
+    | RowlessRequest
+    | Dormant
+    | Ended
+    | Gap
+)
 #: Every dataclass that a message may be or hold.
 MESSAGES: tuple[type, ...] = (
+    RowlessRequest,
     Dormant,
     ModelInfo,
     Vocabulary,

@@ -23,6 +23,7 @@ from kvtrace_recorder.messages import (
     Message,
     ModelInfo,
     Outputs,
+    RowlessRequest,
     Sequenced,
     StepBatch,
     StepRecord,
@@ -88,6 +89,9 @@ class Scribe:
             self._fork(message.forks)
         elif isinstance(message, Outputs):
             self._samples.append(message)
+        elif isinstance(message, RowlessRequest):
+            model, _ = self._models[message.model]
+            self._buffer("requests", _rowless(model, message))
         elif isinstance(message, Dormant):
             for request in message.requests:
                 self._histories.rest(request)
@@ -382,6 +386,20 @@ def _request_rows(model: int, steps: Sequence[tuple[int, StepRecord]]) -> dict[s
         "encoder_request": [s.encoder_request for _, s in new],
         "started_ns": [step.started_ns for step, _ in new],
     }
+
+
+def _rowless(model: int, message: RowlessRequest) -> dict[str, Iterable[Any]]:
+    row = {
+        "request": message.request,
+        "run": 0,
+        "model": model,
+        "external_id": message.external_id,
+        "batch_index": None,
+        "prompt_tokens": message.prompt_tokens,
+        "encoder_request": None,
+        "started_ns": message.started_ns,
+    }
+    return {name: [value] for name, value in row.items()}
 
 
 def _prompt_share(sequence: Sequenced, phase: str) -> int:

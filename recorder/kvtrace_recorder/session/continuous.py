@@ -19,7 +19,9 @@ from kvtrace_recorder.messages import (
     Ended,
     ForkedRequest,
     Gap,
+    RowlessRequest,
     Sequenced,
+    StepBatch,
     StepRecord,
 )
 from kvtrace_recorder.session.models import ModelState
@@ -72,24 +74,42 @@ class ContinuousBatches:
                 weakref.finalize(pool, found.requests.end_all).atexit = False
             return found
 
-    def enter_batch(self, processor: Any, *, wanted: bool) -> None:
-        """The model is about to run a processor's batch in this thread."""
+    def enter_batch(self, processor: Any, model: ModelState | None) -> None:
+        """A model is about to run a processor's batch in this thread; None: none to record."""
         state = self.cache(processor.cache.pool)
-        state.wanted = wanted
-        if not wanted:
+        state.wanted = model is not None
+        if model is None:
             state.take_events()
         io = processor.inputs_and_outputs
         pairs = getattr(io, "io_pairs", None)
         io = io if pairs is None else pairs[io.current_pair].host_io
         self._local.batch = list(io.requests_in_batch)
-        self._local.ran = False
+        self._local.model, self._local.ran = model, False
+        self._local.started_ns = time.time_ns()
 
-    def leave_batch(self, processor: Any) -> None:
-        """The model has run it, or a CUDA graph did."""
+    def leave_batch(self, processor: Any, flush: Callable[[], None]) -> None:
+        """The model has run it, or a CUDA graph did; `flush` as in `begin`."""
         batch, self._local.batch = self._local.batch, None
+        model: ModelState | None = self._local.model
+        if model is None or self._local.ran:
+            return
         state = self.cache(processor.cache.pool)
-        if state.wanted and not self._local.ran:
-            self._lose(state, batch, NO_PYTHON)
+        for future in batch:
+            request, _ = _request(state, future)
+            request.lost = request.lost or NO_PYTHON
+            self._name(request, future)
+        started = self._local.started_ns
+        step = StepRecord(
+            phase=_phase(batch),
+            batch_size=len(batch),
+            num_tokens=sum(future.query_length for future in batch),
+            started_ns=started,
+            duration_ns=time.time_ns() - started,
+            events=state.take_events(),
+            fault=NO_PYTHON,
+        )
+        flush()
+        self._pipeline.put(StepBatch(model.info.key, [step]))
 
     def begin(
         self, model: ModelState, inputs: dict[str, Any], flush: Callable[[], None]
@@ -160,17 +180,25 @@ class ContinuousBatches:
                 found.add(request, past, count, prompt_tokens(future.state), start)
                 found.forks += [] if fork is None else [fork]
             else:
+                self._name(request, future)
                 self._pipeline.put(Gap("tokens", count, request.lost))
             found.spans.append((request.lost is None, past, count))
             start += count
         return found
 
-    def _lose(self, state: PagedCacheState, batch: Sequence[Any], reason: str) -> None:
-        self._flush(state)
-        for future in batch:
-            request = state.requests.get(future.state.request_id)
-            request.lost = request.lost or reason
-        self._pipeline.put(Gap("tokens", sum(f.query_length for f in batch), reason))
+    def _name(self, request: PagedRequest, future: Any) -> None:
+        """Say who a request is that the trace will have no row of, but events."""
+        if not request.is_known:
+            request.is_known = True
+            self._pipeline.put(
+                RowlessRequest(
+                    self._local.model.info.key,
+                    request.request,
+                    request.external_id,
+                    prompt_tokens(future.state),
+                    self._local.started_ns,
+                )
+            )
 
     def _rest(self, request: int) -> None:
         self._book.ended.append(Dormant((request,)))

@@ -167,7 +167,7 @@ class Session:
             for run in self._encoders.holding_memory():
                 # Nothing is read any more that could free it: this thread may wait for room.
                 self._release(run, read=False)
-        model = self._model(module if half is None else half.model)
+        model = self.model_state(module if half is None else half.model)
         if is_paged(kwargs):
             return self._begin_batch(model, kwargs)
         if model.is_plain:
@@ -294,6 +294,10 @@ class Session:
         else:
             self._pipeline.put(CacheChange((moved,)))
 
+    def flush_held(self) -> None:
+        """Send the steps that wait to be copied with their like."""
+        self._held.flush_all()
+
     def tick(self) -> None:
         """Send what has waited long enough; called now and then from another thread."""
         self.guard.run("copies", self._held.tick)
@@ -405,7 +409,7 @@ class Session:
         if "paged cache" in self.guard.silent:
             # What the batch holds and where its keys lie is not known any more.
             return None
-        step = self.batches.begin(model, inputs, self._held.flush_all)
+        step = self.batches.begin(model, inputs, self.flush_held)
         if step is not None:
             step.record.fault = self.guard.silent.get("attention")
         return step
@@ -455,7 +459,8 @@ class Session:
         differing = sorted(found ^ expected[step.half])
         return self.guard.silent.get("attention") or f"layers {differing} did not attend as before"
 
-    def _model(self, module: Any) -> ModelState:
+    def model_state(self, module: Any) -> ModelState:
+        """What is known of a model."""
         found = self._models.get(module)
         if found is None:
             found = self._models[module] = ModelState(next(self._keys), module)

@@ -227,10 +227,11 @@ def _reset(session: Session, cache: Any) -> Callable[[Any], None]:
 
 
 def _batch(session: Session, processor: Any, model: Any) -> Callable[[Any], None]:
-    session.batches.enter_batch(processor, wanted=session.wants(model))
+    wanted = session.model_state(model) if session.wants(model) else None
+    session.batches.enter_batch(processor, wanted)
 
     def after(result: Any) -> None:
-        session.batches.leave_batch(processor)
+        session.batches.leave_batch(processor, session.flush_held)
 
     return after
 
