@@ -16,6 +16,11 @@ import transformers
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import offloading_manager
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
+from transformers.generation.continuous_batching.cache_allocators import (
+    CacheAllocator,
+    FullAttentionCacheAllocator,
+    SlidingAttentionCacheAllocator,
+)
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
 from transformers.modeling_utils import PreTrainedModel
 
@@ -61,6 +66,26 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+PATCHED: dict[type, tuple[str, ...]] = {
+    ContinuousBatchProcessor: ("_generation_step", "update_batch", "prepare_next_batch"),
+    PagedAttentionCache: ("update", "evict_cached_blocks", "reset"),
+    CacheAllocator: ("fork_blocks", "free_blocks", "mark_complete_blocks"),
+    FullAttentionCacheAllocator: ("allocate_cache_to_request",),
+    SlidingAttentionCacheAllocator: ("allocate_cache_to_request",),
+    offloading_manager.OffloadingManager: ("_offload_to_cpu", "restore_scheduled_requests"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    def state() -> list[Any]:
+        return [vars(kind).get(name) for kind, names in PATCHED.items() for name in names]
+
+    before = state()
+    yield
+    assert state() == before
 
 
 def build(family: str = "Llama", kernel: str = "sdpa") -> Any:

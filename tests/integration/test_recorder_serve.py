@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 import kvtrace
 from kvtrace import Trace
 from kvtrace.block_tables import block_tables
 from kvtrace.errors import KvtraceError
-from kvtrace_recorder import demo
+from kvtrace_recorder import demo, record
 
 pytestmark = pytest.mark.skipif(
     not (demo.MODEL_DIR / "model.safetensors").exists(), reason="the bundled model is not here"
@@ -190,3 +192,36 @@ def test_a_server_is_recorded_until_a_signal_ends_it(
         assert phases <= {"prefill", "decode", "mixed"}
     else:
         assert phases == {"prefill", "decode"}
+
+
+def test_what_generates_for_the_api_knows_its_request(tmp_path: Path) -> None:
+    """The server's own manager, without the server: its patches come with its import and go."""
+    from transformers.cli.serving.utils import GenerateManager, InferenceThread
+
+    found, tokenizer = demo.load()
+    owners: list[tuple[type, str]] = [
+        (GenerateManager, "generate_streaming"),
+        (GenerateManager, "generate_non_streaming"),
+        (InferenceThread, "submit"),
+        (InferenceThread, "async_submit"),
+    ]
+    before = [vars(owner)[name] for owner, name in owners]
+    inputs = tokenizer("A list is", return_tensors="pt")
+    config = GenerationConfig(max_new_tokens=4, do_sample=False)
+
+    async def ask() -> list[Any]:
+        manager = GenerateManager()
+        asked = [
+            manager.generate_non_streaming(found, tokenizer, inputs, config, request_id=name)
+            for name in ("one", "two")
+        ]
+        return await asyncio.gather(*asked)
+
+    with record(found, tmp_path / "a.kvtrace", strict=True) as recording:
+        assert [vars(owner)[name] for owner, name in owners] != before
+        asyncio.run(ask())
+        found.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert [vars(owner)[name] for owner, name in owners] == before
+    assert recording.gaps == {}
+    requests = kvtrace.open(tmp_path / "a.kvtrace").table("requests")
+    assert requests["external_id"].to_pylist() == ["one", "two", None]
