@@ -87,7 +87,7 @@ def prompt(batch: int = 1) -> torch.Tensor:
 
 def run(model: Any, path: Path, **options: Any) -> tuple[Trace, torch.Tensor]:
     """Generate from one prompt; from two where `mask` hides the padding of one."""
-    mask = options.pop("mask", None)
+    mask, chunk = options.pop("mask", None), options.pop("chunk", None)
     ids = prompt() if mask is None else prompt(len(mask))
     with record(model, path, progress=False, **options):
         tokens = model.generate(
@@ -96,6 +96,7 @@ def run(model: Any, path: Path, **options: Any) -> tuple[Trace, torch.Tensor]:
             max_new_tokens=NEW + 1,
             do_sample=False,
             eos_token_id=None,
+            prefill_chunk_size=chunk,
         )
     return kvtrace.open(path), tokens
 
@@ -188,6 +189,29 @@ def test_heads_and_layers_that_are_not_there_are_named(tmp_path: Path) -> None:
     assert [spec.layer for spec in trace.layers] == [1]
     reasons = trace.table("gaps")["reason"].to_pylist()
     assert any("layers 9 were asked for; LlamaForCausalLM has 0-2" in x for x in reasons)
+
+
+def test_a_prompt_in_chunks_is_one_prompt(tmp_path: Path) -> None:
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[1, :37] = 0
+    full, one = run(llama(), tmp_path / "full.kvtrace", mask=mask)
+    path = tmp_path / "less.kvtrace"
+    less, other = run(llama(), path, mask=mask, queries="last=20", chunk=33)
+    assert torch.equal(one, other)
+    assert less.queries == "last=20"
+    for request, tokens in ((0, PROMPT), (1, PROMPT - 37)):
+        assert less.requests()[request].prompt_tokens == tokens
+        sources = less.tokens(request)["source"].to_pylist()
+        assert sources == ["prompt"] * tokens + ["generated"] * NEW
+        for layer in range(3):
+            found = less.layer_data(layer, request).received
+            assert found is not None
+            np.testing.assert_allclose(found[:tokens], received(full, layer, request), atol=1e-4)
+    results = (replay(x, ["h2o"], ["25"], store=False, requests=[0])[0] for x in (less, full))
+    kept, want = (result.kept(0) for result in results)
+    for layer, heads in want.items():
+        for head, positions in heads.items():
+            np.testing.assert_array_equal(kept[layer][head], positions)
 
 
 def test_a_repeated_prompt_has_no_received(tmp_path: Path) -> None:

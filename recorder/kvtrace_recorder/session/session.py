@@ -111,6 +111,16 @@ class Session:
         return found
 
     @property
+    def prompts(self) -> list[int] | None:
+        """Tokens of the prompts that this thread's `generate` gives its model in chunks."""
+        found: list[int] | None = getattr(self._local, "prompts", None)
+        return found
+
+    @prompts.setter
+    def prompts(self, found: list[int] | None) -> None:
+        self._local.prompts = found
+
+    @property
     def is_inside_call(self) -> bool:
         """Whether a model runs in this thread, recorded or not."""
         return getattr(self._local, "inside", False)
@@ -187,7 +197,7 @@ class Session:
         except UnrecordableError as error:
             entry.lost = entry.lost or str(error)
             real = np.ones((inputs.batch, inputs.length), bool)
-        if inputs.is_decode:
+        if inputs.is_decode and self.prompts is None:
             real &= ~_fillers(model, entry, inputs)
         if inputs.encoder_states is not None and entry.encoder is None and entry.lost is None:
             self._find_encoder(model, entry, inputs.encoder_states)
@@ -327,15 +337,16 @@ class Session:
         entry.real = np.concatenate([entry.real[:, : inputs.past], real], axis=1)
         whole = bool(real.all())
         counts = [inputs.length] * inputs.batch if whole else real.sum(axis=1).tolist()
+        decodes = inputs.is_decode and self.prompts is None
         record = StepRecord(
-            phase="train" if trains else "decode" if inputs.is_decode else "prefill",
+            phase="train" if trains else "decode" if decodes else "prefill",
             batch_size=inputs.batch,
             num_tokens=num_tokens if trains else sum(counts),
             training_step=self.training.step if trains else None,
             started_ns=time.time_ns(),
             forks=entry.forks(),
             sequences=[
-                _sequenced(row, state, count, inputs)
+                _sequenced(row, state, count, inputs, self.prompts)
                 for row, (state, count) in enumerate(zip(entry.requests, counts, strict=False))
                 if count or (state.fork and not state.is_known)
             ],
@@ -350,7 +361,8 @@ class Session:
     def _next_of_run(self, kwargs: dict[str, Any]) -> ActiveStep | None:
         cache = kwargs.get("past_key_values")
         entry = None if cache is None else self._book.find(cache)
-        if entry is None or entry.plan is None or self.guard.silent:
+        # The last chunk of a prompt may be a single token, as a decode step is.
+        if entry is None or entry.plan is None or self.guard.silent or self.prompts is not None:
             return None
         return next_step(entry, cache, kwargs, self.keeper)
 
@@ -496,8 +508,11 @@ class Session:
             self._pipeline.put(self._book.ended.popleft())
 
 
-def _sequenced(row: int, state: RequestState, count: int, inputs: StepInputs) -> Sequenced:
-    prompt = state.prompt_tokens or count - inputs.num_candidates
+def _sequenced(
+    row: int, state: RequestState, count: int, inputs: StepInputs, prompts: list[int] | None
+) -> Sequenced:
+    known = prompts[row] if prompts is not None and len(prompts) == inputs.batch else 0
+    prompt = state.prompt_tokens or known or count - inputs.num_candidates
     new = not state.is_known
     return Sequenced(
         state.request,
