@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtrace import open as open_trace
 from kvtrace_recorder import demo
 from kvtrace_viewer.replay import POLICIES
 
@@ -17,9 +18,22 @@ ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    """Code blocks of the README."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+RECORDING = (ROOT / "docs/recording.md").read_text(encoding="utf-8")
+
+#: A script that knows nothing of a recorder.
+GENERATE = f"""
+import argparse
+from transformers import pipeline
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--prompt")
+pipeline("text-generation", {str(demo.MODEL_DIR)!r})(parser.parse_args().prompt, max_new_tokens=8)
+"""
+
+
+def blocks(language: str, page: str = README) -> list[str]:
+    """Code blocks of the README, or of another page."""
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -63,6 +77,22 @@ def test_the_questions_are_answered(folder: Path) -> None:
     assert len(asked) == 3
     for line in asked:
         assert kvtrace(line.removeprefix("kvtrace "), folder)
+
+
+def test_the_recording_page_does_what_it_says(folder: Path) -> None:
+    inside, callback = blocks("python", RECORDING)
+    (folder / "inside.py").write_text(inside)
+    assert "tokens; no gaps" in run(sys.executable, "inside.py", cwd=folder)
+    # The callback's own tests train; here only its call is looked at.
+    (folder / "callback.py").write_text(callback)
+    run(sys.executable, "callback.py", cwd=folder)
+    (folder / "generate.py").write_text(GENERATE)
+    lines = [line for block in blocks("sh", RECORDING) for line in block.splitlines()]
+    for line in lines:
+        if "outside.kvtrace" in line:
+            kvtrace(line.removeprefix("kvtrace "), folder)
+    trace = open_trace(folder / "traces/outside.kvtrace")
+    assert (trace.status, len(trace.requests())) == ("complete", 1)
 
 
 def test_local_links_lead_somewhere() -> None:
