@@ -237,6 +237,11 @@ class Session:
             learn(step, call, taken)
             self._held.renew(step, taken)
 
+    def returned(self, step: ActiveStep, call: Call, output: Any) -> None:
+        """An attention layer has returned this; put aside where it is to be verified."""
+        if self.samples is not None and step.record.fault is None:
+            self.guard.run("verify", self.samples.take, step, call, output)
+
     def end(self, step: ActiveStep, output: Any, elapsed_ns: int) -> None:
         """The model has returned."""
         record, entry = step.record, step.entry

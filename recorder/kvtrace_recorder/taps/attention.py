@@ -58,9 +58,8 @@ def _observed(session: Session, function: Callable[..., Any]) -> Callable[..., A
         if step is session.current:
             started = time.perf_counter_ns()
             session.guard.run(NAME, session.attention, step, args, kwargs)
-            if session.samples is not None and step.record.fault is None:
-                call = parse_call(args, kwargs)
-                session.guard.run("verify", session.samples.take, step, call, output)
+            if session.samples is not None:
+                session.returned(step, parse_call(args, kwargs), output)
             step.tap_ns += time.perf_counter_ns() - started
         return output
 
