@@ -266,6 +266,16 @@ def heard(model: Any, ids: torch.Tensor) -> list[np.ndarray[Any, Any]]:
     return found
 
 
+@pytest.mark.parametrize(("family", "rows"), [("Bloom", 1), ("GPTJ", 5)])
+def test_a_prompt_of_one_token_shows_no_bias(family: str, rows: int, tmp_path: Path) -> None:
+    model = build(family, "eager")
+    with record(model, tmp_path / "a.kvtrace", strict=True, dtype="float32") as recording:
+        model.generate(prompt()[:, :1], max_new_tokens=5, do_sample=False)
+    # From the second token on the bias is seen, and the layer is not what it seemed.
+    assert recording.rows == rows
+    assert any("adds another bias" in reason for reason in recording.gaps) == (family == "Bloom")
+
+
 def test_a_bias_that_is_no_alibi_is_a_gap(tmp_path: Path) -> None:
     model = build("Bloom", "eager").to(torch.bfloat16)
     ids = torch.randint(3, 96, (1, 700), generator=torch.Generator().manual_seed(3))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvtrace_recorder.taps.guard import UnrecordableError
 
 Doubles = NDArray[np.float64]
-#: Below this a score hides its key; the masks of a type hold its lowest number, or a share of it.
+#: Below this a score hides its key: masks hold a type's lowest number, a share of it, or -10,000.
 _HIDDEN = {torch.float16: -3e3}
 #: Rounding of the scores of a type, relative.
 _ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -33,19 +33,22 @@ class Measured:
     scale : float
         Factor on q k^T.
     slopes : numpy.ndarray or None
-        [q_head], zeros without ALiBi; None where too few keys were seen to tell.
+        [q_head], zeros without a bias; None where there is one and too few keys to tell which.
     slack : float
         What the slopes may be wrong by.
+    keys : int
+        Keys that were seen; a single one shows no bias.
     """
 
     scale: float
     slopes: Doubles | None
     slack: float
+    keys: int
 
 
 def hidden_below(dtype: torch.dtype) -> float:
     """The score under which a key counts as hidden."""
-    return _HIDDEN.get(dtype, -1e9)
+    return _HIDDEN.get(dtype, -9e3)
 
 
 def measure(
@@ -83,15 +86,16 @@ def measure(
     for scale in tried:
         limit = _limit(scores, scale * products, dtype)
         if np.abs(scores - scale * products).max(initial=0.0) <= limit:
-            return Measured(scale, np.zeros(len(scores)), limit)
+            return Measured(scale, np.zeros(len(scores)), limit, len(positions))
     if len(positions) < FEWEST_KEYS:
-        return Measured(tried[0], None, 0.0)
+        return Measured(tried[0], None, 0.0, len(positions))
     bent = [_without_line(values, positions) for values in (scores, products)]
     for scale in [*tried, _ratio(*bent)]:
         limit = _limit(scores, scale * products, dtype)
         bias = scores - scale * products
         if np.abs(_without_line(bias, positions)).max(initial=0.0) <= limit:
-            return Measured(scale, _slopes(bias, positions), limit / len(positions))
+            slack = limit / len(positions)
+            return Measured(scale, _slopes(bias, positions), slack, len(positions))
     raise UnrecordableError(
         "an attention's scores, or its mask, hold more than a scaled q k^T and ALiBi"
     )

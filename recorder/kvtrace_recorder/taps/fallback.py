@@ -67,9 +67,13 @@ def take(
         step.attended[id(call.module)] += 1
         if not session.keeper.asks(step.model.layer_of(call.module, call.nth)):
             return
-        if explain is not None:
-            explain(step, call)
-        settle(step, call)
+        if not step.real.any():
+            # Every row of the batch has ended.
+            call.mask = None
+        else:
+            if explain is not None:
+                explain(step, call)
+            settle(step, call)
     except UnrecordableError as error:
         step.record.fault = str(error)
         return

@@ -104,7 +104,7 @@ def check_mask(step: ActiveStep, call: Call, spec: LayerSpec, offset: int) -> No
     # A mask may be wider than the keys, or as wide as they will be.
     slots = offset + np.arange(mask.shape[3] if isinstance(mask, torch.Tensor) else call.k.shape[2])
     for row in range(step.batch):
-        queries = _sample(step.real[row])
+        queries = sample_tokens(step.real[row])
         if not len(queries):
             continue
         expected = _expected(step, row, step.past + queries, slots, spec)
@@ -147,7 +147,7 @@ def _check_no_mask(step: ActiveStep, call: Call, spec: LayerSpec) -> None:
         )
 
 
-def _sample(real: Bools) -> NDArray[np.int64]:
+def sample_tokens(real: Bools) -> NDArray[np.int64]:
     """The first, a middle and the last token of a row of the step."""
     tokens = np.flatnonzero(real)
     return np.unique(tokens[[0, len(tokens) // 2, -1]]) if len(tokens) else tokens

@@ -23,7 +23,7 @@ from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.fallback import NAME, listening, take
 from kvtrace_recorder.taps.frames import callers, module_of
 from kvtrace_recorder.taps.guard import UnrecordableError
-from kvtrace_recorder.taps.masks import is_check_due
+from kvtrace_recorder.taps.masks import is_check_due, sample_tokens
 from kvtrace_recorder.taps.patch import Patch
 from kvtrace_recorder.taps.rebind import rebound
 from kvtrace_recorder.taps.settle import fullest, use
@@ -163,26 +163,31 @@ def _distance(products: torch.Tensor, scores: torch.Tensor) -> float:
 
 
 def _explain(step: ActiveStep, call: Call, scores: torch.Tensor) -> None:
-    """Compare one query's scores with the product of the operands."""
+    """Compare the scores of a few queries with the product of the operands."""
     known = step.model.specs.get(step.model.layer_of(call.module, call.nth))
     if known is not None and not is_check_due(step):
         return
-    row, query = fullest(step)
-    given = _host(scores[row, :, query])
-    seen = given > hidden_below(scores.dtype)
-    if (seen != seen[:1]).any():
-        raise UnrecordableError("the heads of an attention see different keys")
-    q, k = _host(call.q[row, :, query]), _host(call.k[row])
-    k = np.repeat(k, len(q) // len(k), axis=0)
-    products = np.einsum("hd,hkd->hk", q, k)[:, seen[0]]
-    scales = [known.scale] if known is not None else _likely_scales(call)
-    positions = np.flatnonzero(seen[0]).astype(np.float64)
-    measured = measure(given[:, seen[0]], products, positions, scales, scores.dtype)
-    if known is None:
-        call.extra["scaling"] = measured.scale
-    elif not np.isclose(measured.scale, known.scale, rtol=1e-3):
-        raise UnrecordableError(f"layer {known.layer} has another scale than before")
-    use(call, measured, known)
+    row, _ = fullest(step)
+    k = _host(call.k[row])
+    k = np.repeat(k, call.q.shape[1] // len(k), axis=0)
+    scale = None if known is None else known.scale
+    # The last query sees most keys; what it does not tell the others need not say either.
+    for query in sample_tokens(step.real[row])[::-1]:
+        given = _host(scores[row, :, query])
+        seen = given > hidden_below(scores.dtype)
+        if (seen != seen[:1]).any():
+            raise UnrecordableError("the heads of an attention see different keys")
+        products = np.einsum("hd,hkd->hk", _host(call.q[row, :, query]), k)[:, seen[0]]
+        scales = _likely_scales(call) if scale is None else [scale]
+        positions = np.flatnonzero(seen[0]).astype(np.float64)
+        measured = measure(given[:, seen[0]], products, positions, scales, scores.dtype)
+        if scale is None:
+            scale = call.extra["scaling"] = measured.scale
+            use(call, measured, None)
+        elif not np.isclose(measured.scale, scale, rtol=1e-3):
+            raise UnrecordableError("the scores of an attention differ in their scale")
+        elif known is not None:
+            use(call, measured, known)
 
 
 def _likely_scales(call: Call) -> list[float]:
