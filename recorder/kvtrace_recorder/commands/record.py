@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import kvtrace
+from kvtrace.errors import TraceError
 from kvtrace.manifest import Manifest
 from kvtrace.ranks import discard_empty, make_trace
 from kvtrace.version import __version__
@@ -34,6 +36,9 @@ from kvtrace_recorder.child import (
 from kvtrace_recorder.commands.options import add_recording_options, kept
 from kvtrace_recorder.commands.summary import summary
 from kvtrace_recorder.launch import Program, parse_program, run_program
+
+#: A writer that outlives its program has so long before the verb goes on without it.
+SEALING_SECONDS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +95,25 @@ def run(args: argparse.Namespace) -> int:
         status = _run_here(program, options)
     # A child that the program forked comes along here too.
     if os.getpid() == pid:
+        _wait_until_sealed(opened)
         discard_empty(opened)
         print(summary(out, opened), file=sys.stderr)
     return status
+
+
+def _wait_until_sealed(trace: Path) -> None:
+    """Wait for the writers of processes that have just been killed; not for a detached one."""
+    given_up = time.monotonic() + SEALING_SECONDS
+    while time.monotonic() < given_up and _is_recording(trace):
+        time.sleep(0.05)
+
+
+def _is_recording(trace: Path) -> bool:
+    try:
+        return kvtrace.open(trace).status == "recording"
+    except TraceError:
+        # Nothing was recorded.
+        return False
 
 
 def _run_here(program: Program, options: dict[str, Any]) -> int:
