@@ -126,7 +126,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["spawn", "fork", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
 def test_children_of_a_script(method: str, folder: Path) -> None:
     (folder / "work.py").write_text(SPAWN.format(method=method))
     error = kvtrace_record(folder, "work.py")
@@ -240,12 +242,18 @@ def test_info_lists_the_ranks(folder: Path, capsys: pytest.CaptureFixture[str]) 
             model = w.add_model(name="synthetic")
             w.add_layers(model, [LayerSpec(0, 2, 1, 8, 8, 0.5)])
             w.append("steps", {"step": [0], "model": [model]})
+            if rank == 2:
+                w.add_gap("rows", 1, "lost")
             assert kvtrace.open(w.path).status == "recording"
     with pytest.raises(TraceError, match=r"rank 2 of .* is taken"):
         TraceWriter(folder / "run.kvtrace", rank=2, launch="one")
     with TraceWriter(folder / "run.kvtrace", rank=None, launch="one") as w:
         assert w.rank == 1
     assert main(["info", str(folder / "run.kvtrace")]) == 0
-    assert "rank      2: 0 rows, complete" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "rank      2: 0 rows, complete" in shown
+    # Two of the three had a step; what any of them lacks is said.
+    assert "2 steps" in shown
+    assert "gap       1 rows: lost" in shown
     found = kvtrace.open(folder / "run.kvtrace").sql("select model from models order by model")
     assert found["model"].to_pylist() == [0, 2_000_000_000]

@@ -37,6 +37,8 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
     """Everything `info` says, as plain values."""
     models = trace.table("models").to_pylist()
     runs = trace.table("runs").to_pylist()
+    # Totals are of all ranks; models, layers and what can be replayed are of the one opened.
+    ranks = [kvtrace.open(trace.path, rank) for rank in trace.ranks]
     return {
         "path": str(trace.path),
         "format_version": trace.manifest.format_version,
@@ -49,10 +51,10 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "dtype": runs[0]["dtype"] if runs else None,
         "models": [{key: row[key] for key in row if key != "config"} for row in models],
         "layers": len(trace.layers),
-        "rows": trace.rows,
-        "ranks": _ranks(trace),
-        "requests": len(trace.requests()),
-        "steps": trace.table("steps").num_rows,
+        "rows": sum(rank.rows for rank in ranks),
+        "ranks": [{"rank": r.rank, "rows": r.rows, "status": r.rank_status} for r in ranks],
+        "requests": sum(len(rank.requests()) for rank in ranks),
+        "steps": sum(rank.table("steps").num_rows for rank in ranks),
         # A served trace has millions of these: counted, not read.
         **trace.sql(
             "select (select count(*) from kv_events) kv_events,"
@@ -64,18 +66,10 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "queries": trace.queries,
         "selection": trace.selection,
         "verified": trace.table("verifications").to_pylist(),
-        "gaps": trace.table("gaps").to_pylist(),
+        "gaps": [gap for rank in ranks for gap in rank.table("gaps").to_pylist()],
         "replays": trace.replays()["replay"].to_pylist(),
         "replayable": _replayable(trace),
     }
-
-
-def _ranks(trace: kvtrace.Trace) -> list[dict[str, Any]]:
-    found = []
-    for rank in trace.ranks:
-        part = kvtrace.open(trace.path, rank)
-        found.append({"rank": rank, "rows": part.rows, "status": part.rank_status})
-    return found
 
 
 def _replayable(trace: kvtrace.Trace) -> list[dict[str, Any]]:
