@@ -121,7 +121,9 @@ _channels: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 def _close_in_child() -> None:
     for channel in list(_channels):
-        channel.close()
+        # Not close(): the file made of it would keep the descriptor open.
+        if (handle := channel.detach()) >= 0:
+            os.close(handle)
 
 
 os.register_at_fork(after_in_child=_close_in_child)
