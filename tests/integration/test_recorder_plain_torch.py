@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 from torch.nn.functional import scaled_dot_product_attention
 
 import kvtrace
+from kvtrace.cli import main
 from kvtrace_recorder import record
 
 BATCH, TOKENS, WIDTH, HEADS = 2, 13, 32, 4
@@ -321,6 +322,14 @@ def test_alibi_of_chosen_heads_and_layers(tmp_path: Path) -> None:
         for head in (1, 3):
             found = trace.attention(1, head, request=request)
             np.testing.assert_allclose(found, block.own[request % 2, head].numpy(), atol=1e-5)
+
+
+def test_info_leaves_out_what_a_model_does_not_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded(Model(Attention), tmp_path / "a.kvtrace", ids())
+    assert main(["info", str(tmp_path / "a.kvtrace")]) == 0
+    assert "model     Model (Model, float32, cpu)" in capsys.readouterr().out
 
 
 def test_a_training_step_keeps_its_gradients(tmp_path: Path) -> None:

@@ -87,10 +87,14 @@ def _show(found: dict[str, Any]) -> None:
     out = console()
     out.print(f"[bold]{found['path']}[/bold]  {found['status']}, {found['source']}")
     for model in found["models"]:
-        out.print(
-            f"model     {model['name']} ({model['architecture']}, {model['num_layers']} layers,"
-            f" {model['dtype']}, {model['attn_implementation']}, {model['device']})"
-        )
+        layers = model["num_layers"]
+        known = [
+            model["architecture"],
+            None if layers is None else f"{layers} layers",
+            *(model[column] for column in ("dtype", "attn_implementation", "device")),
+        ]
+        text = ", ".join(str(part) for part in known if part is not None)
+        out.print(f"model     {model['name']} ({text})")
     out.print(
         f"holds     {found['rows']} rows, {found['requests']} requests, {found['steps']} steps,"
         f" {found['layers']} attention layers, {human_bytes(found['bytes'])}"
