@@ -11,11 +11,13 @@ from pathlib import Path
 from kvtrace_recorder import demo
 
 SCRIPT = f"""
-import os, signal
+import os, signal, time
 from transformers import AutoModelForCausalLM
 import torch
 model = AutoModelForCausalLM.from_pretrained({str(demo.MODEL_DIR)!r})
 model.generate(torch.arange(3, 40)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+# What was seen less than a quarter of a second before may be lost.
+time.sleep(0.5)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
