@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -113,10 +114,8 @@ def _show(found: dict[str, Any]) -> None:
     if found["verified"]:
         out.print(f"verified  {_verified(found['verified'])}")
     out.print(f"replays   {', '.join(found['replays']) or 'none yet: kvtrace replay'}")
-    for gap in found["gaps"]:
-        out.print(f"gap       {gap['count']} {gap['what']}: {gap['reason']}")
-    if not found["gaps"]:
-        out.print("gaps      none")
+    for line in _gaps(found["gaps"]) or ["gaps      none"]:
+        out.print(line)
     if not found["layers"]:
         out.print("no policy can be replayed: no attention layer was recorded")
         return
@@ -159,3 +158,11 @@ def _precision(found: dict[str, Any]) -> str:
     if kinds <= {"float16", "torch.float16"}:
         return "as the model computed it"
     return "the model's values were rounded, attention agrees to about 2e-3"
+
+
+def _gaps(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a reason, however often it came up."""
+    lost = Counter[tuple[str, str]]()
+    for row in rows:
+        lost[row["what"], row["reason"]] += row["count"]
+    return [f"gap       {count} {what}: {reason}" for (what, reason), count in lost.items()]
