@@ -117,14 +117,15 @@ class LayerParts:
                 parts.append(Part(tensor, first, length))
 
     def renew(self, taken: Taken) -> None:
-        """Hold what a next step was given in place of older tensors whose tokens it has too."""
-        if taken.hold is not Hold.KEPT:
-            return
+        """Hold what a next step was given in place of older tensors whose tokens it has too.
+
+        Only of a cache that keeps them: `Hold.KEPT`.
+        """
         for kind, tensor in (("k", taken.k), ("v", taken.v)):
             parts = self.parts.get(kind)
             if tensor is not None and parts and taken.first >= parts[-1].length:
-                length = parts[-1].length
-                parts[-1] = Part(tensor, taken.first - length, length)
+                last = parts[-1]
+                last.tensor, last.first = tensor, taken.first - last.length
 
     def nbytes(self, rows: RowChoice, dtype: torch.dtype) -> int:
         """Room that the rows take in a slab."""

@@ -16,7 +16,7 @@ from kvtrace_recorder.messages import LayerRows, StepBatch
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.copies import LayerParts, RowChoice
 from kvtrace_recorder.session.requests import CacheEntry
-from kvtrace_recorder.session.step import ActiveStep, Taken
+from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.keep import DTYPES
 from kvtrace_recorder.writer.slabs import Slab
 
@@ -112,10 +112,12 @@ class HeldSteps:
 
         Held until the step has ended, those of all layers would be the whole cache a second time.
         """
+        if taken.hold is not Hold.KEPT:
+            return
         with self._lock:
-            held = self._held.get(_key(step))
+            held = self._held.get(id(step.entry))
             parts = None if held is None else held.layers.get(taken.spec.layer)
-            if held is not None and parts is not None and held.takes(step):
+            if parts is not None:
                 parts.renew(taken)
 
     def copy_now(self, step: ActiveStep, taken: Taken) -> None:

@@ -90,12 +90,17 @@ def row_sums(
             key_first + low,
             spec,
         )
-        row = torch.logsumexp(scores, dim=2)
+        # One exponential serves both sums.
+        top = scores.amax(dim=2, keepdim=True)
         if sinks is not None:
-            row = torch.logaddexp(row, sinks.float()[:, None])
-        lse[start:stop] = row.T
+            top = torch.maximum(top, sinks.float()[:, None, None])
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(dim=2, keepdim=True)
+        if sinks is not None:
+            total += torch.exp(sinks.float()[:, None, None] - top)
+        lse[start:stop] = (top + total.log())[:, :, 0].T
         if sums is not None:
-            sums[:, low:high] += scores.sub_(row[:, :, None]).exp_().sum(dim=1)
+            sums[:, low:high] += torch.bmm(total.reciprocal().transpose(1, 2), weights)[:, 0]
     return RowSums(lse, None if sums is None else sums.T.contiguous())
 
 
@@ -124,10 +129,12 @@ def _scores(
 ) -> torch.Tensor:
     """[q_head, query, key] of q [kv_head, group, query, width] on keys [kv_head, width, key]."""
     kv_heads, group, queries, width = q.shape
-    found = torch.bmm(q.reshape(kv_heads, group * queries, width), keys).mul_(spec.scale)
+    found = torch.bmm((q * spec.scale).reshape(kv_heads, group * queries, width), keys)
     found = found.view(kv_heads * group, queries, -1)
     if spec.softcap is not None:
         found = found.div_(spec.softcap).tanh_().mul_(spec.softcap)
+    if spec.alibi_slopes is None and spec.position_bias is None:
+        return _hide(found, query_first, key_first, spec)
     rows = torch.arange(query_first, query_first + queries, device=q.device)
     columns = torch.arange(key_first, key_first + keys.shape[2], device=q.device)
     distance = rows[:, None] - columns[None, :]
@@ -138,9 +145,21 @@ def _scores(
         table = torch.tensor(spec.position_bias, dtype=torch.float32, device=q.device)
         reach = table.shape[1] // 2
         found = found + table[:, (-distance).clamp(-reach, reach) + reach]
-    if spec.attention_kind != "bidirectional":
-        hidden = distance < 0
-        if spec.sliding_window is not None:
-            hidden |= distance >= spec.sliding_window
-        found.masked_fill_(hidden, -torch.inf)
-    return found
+    return _hide(found, query_first, key_first, spec)
+
+
+def _hide(scores: torch.Tensor, query_first: int, key_first: int, spec: LayerSpec) -> torch.Tensor:
+    """Hide from scores [q_head, query, key] what the queries do not see."""
+    if spec.attention_kind == "bidirectional":
+        return scores
+    queries, keys = scores.shape[1:]
+    # Without a window only keys behind the first query are hidden from any.
+    edge = 0 if spec.sliding_window is not None else max(0, query_first + 1 - key_first)
+    rows = torch.arange(query_first, query_first + queries, device=scores.device)
+    columns = torch.arange(key_first + edge, key_first + keys, device=scores.device)
+    distance = rows[:, None] - columns[None, :]
+    hidden = distance < 0
+    if spec.sliding_window is not None:
+        hidden |= distance >= spec.sliding_window
+    scores[:, :, edge:].masked_fill_(hidden, -torch.inf)
+    return scores
