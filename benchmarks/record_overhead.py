@@ -7,6 +7,8 @@ machine falls on both; printed are the median of the paired ratios and their qua
 
     events, summary, qkv   kvtrace at that detail, its writing included; what starting and closing
                            a recording take is in columns of its own
+    neighbour              no recorder, but a process that does nothing but count on another core:
+                           what sharing the machine costs by itself
     output_attentions      the model asked for its attention, which makes it run eager attention
     sinkvis                sinkvis.AttentionCapture on the same (pip install sinkvis, where wanted)
 
@@ -23,6 +25,7 @@ import json
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -157,10 +160,24 @@ def raw_bytes(trace: kvtrace.Trace) -> float:
     return total
 
 
+@contextmanager
+def neighbour() -> Iterator[None]:
+    """A process that keeps another core busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    time.sleep(0.2)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def arms(model: Any, eager: Any, result: Result, warm: Callable[[Any], None]) -> Any:
     """The context of an arm, the model it runs, and what it asks the model for."""
     if result.arm in DETAILS:
         return recording(model, result.arm, result, lambda: warm(model)), model, {}
+    if result.arm == "neighbour":
+        return neighbour(), model, {}
     if result.arm == "output_attentions":
         return nullcontext(), eager, {"output_attentions": True}
     import sinkvis
@@ -236,7 +253,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--arms", default="events,summary,qkv,output_attentions,sinkvis")
+    parser.add_argument("--arms", default="events,summary,qkv,neighbour,output_attentions,sinkvis")
     parser.add_argument("--models", default="bundled,llama-8x512")
     parser.add_argument("--json", metavar="FILE", help="the numbers of every run")
     args = parser.parse_args()

@@ -103,7 +103,9 @@ def make_recording(options: Mapping[str, Any]) -> Recording:
 
     given = dict(options)
     every = given.pop("sample_every")
-    recording = record(None, **given, on_fork=start)
+    launch = given.pop("launch")
+    recording = record(None, **given)
+    recording.join(launch, on_fork=start)
     if every is not None:
         recording.sample(every)
     return recording

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvtrace_recorder.taps.patch import Restorable
 
 #: Bytes that may wait for the writer.
-QUEUE_BYTES = 256 << 20
+QUEUE_BYTES = 128 << 20
 
 
 def record(
@@ -55,8 +55,6 @@ def record(
     queue_bytes: int = QUEUE_BYTES,
     progress: bool | None = None,
     command: Sequence[str] | None = None,
-    launch: str | None = None,
-    on_fork: Callable[[], None] | None = None,
 ) -> Recording:
     """Record what a model does with its KV cache while the `with` block runs.
 
@@ -107,10 +105,6 @@ def record(
         A progress line on standard error; by default where that is a terminal.
     command : sequence of str, optional
         Kept in the trace as the command that made it; by default this process's.
-    launch : str, optional
-        Given by `kvtrace record`: the launch whose trace this process joins, at its first step.
-    on_fork : callable, optional
-        Called in a forked child once this recording has been left to the parent.
 
     Returns
     -------
@@ -147,8 +141,6 @@ def record(
         queue_bytes=queue_bytes,
         progress=progress,
         command=list(sys.argv if command is None else command),
-        launch=launch,
-        on_fork=on_fork,
     )
 
 
@@ -171,8 +163,6 @@ class Recording:
         queue_bytes: int,
         progress: bool | None,
         command: Sequence[str],
-        launch: str | None,
-        on_fork: Callable[[], None] | None,
     ) -> None:
         self.path = path
         #: Set to False inside the block where what ran did not reach its end.
@@ -184,7 +174,8 @@ class Recording:
         self._force, self._strict = force, strict
         self._on_full, self._queue_bytes, self._progress = on_full, queue_bytes, progress
         self._command = command
-        self._launch, self._on_fork = launch, on_fork
+        self._launch: str | None = None
+        self._on_fork: Callable[[], None] | None = None
         self._training = Training()
         self._pid: int | None = None
         self._opening = threading.RLock()
@@ -289,6 +280,18 @@ class Recording:
             if self._pipeline is not None:
                 self._pipeline.close(complete=error is None and self.complete)
         self._report(finished=error is None)
+
+    def join(self, launch: str, on_fork: Callable[[], None]) -> None:
+        """Before entering: be one process of several that `kvtrace record` has launched.
+
+        Parameters
+        ----------
+        launch : str
+            Whose trace this process joins, at its first step.
+        on_fork : callable
+            Called in a forked child once this recording has been left to the parent.
+        """
+        self._launch, self._on_fork = launch, on_fork
 
     def leave_to_parent(self) -> None:
         """In a forked child: no tap and no trace, and what `on_fork` does instead."""

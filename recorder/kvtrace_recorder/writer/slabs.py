@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 SMALL = 1 << 20
 LARGE = 32 << 20
 #: Free slabs that are kept for the next batches, in bytes.
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 32 << 20
 #: Arrays begin at multiples of this: a cache line.
 ALIGN = 64
 
