@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -16,11 +16,13 @@ from typing import Any
 
 from kvtrace.errors import InputError
 
-#: Where the standard library keeps the threads of its pools.
+#: Where the standard library keeps the threads of its pools, and what tells them to end.
 _POOLS = {
-    "concurrent.futures.thread": "_threads_queues",
-    "concurrent.futures.process": "_threads_wakeups",
+    "concurrent.futures.thread": ("_threads_queues", "_shutdown"),
+    "concurrent.futures.process": ("_threads_wakeups", "_global_shutdown"),
 }
+#: Workers that zarr keeps for whoever reads or writes next in this process.
+_STORAGE = ("zarr", "asyncio")
 _OWN_FRAMES = (__file__, runpy.__file__, "<frozen runpy>")
 
 
@@ -155,15 +157,53 @@ def wait_for_threads(before: Sequence[threading.Thread] = ()) -> None:
     before : sequence of threading.Thread
         Threads that are not the program's.
     """
-    for name, workers in _POOLS.items():
-        module = sys.modules.get(name)
-        if module is not None and set(getattr(module, workers)) - set(before):
-            # Idle workers of a pool that nobody shut down end only when they are told.
-            module._python_exit()
     known = {*before, threading.current_thread()}
-    while new := [x for x in threading.enumerate() if not x.daemon and x not in known]:
+    while True:
+        pooled: set[threading.Thread] = set()
+        for name, (workers, flag) in _POOLS.items():
+            module = sys.modules.get(name)
+            if module is not None:
+                _end_pools(module, flag, _pools_of_program(getattr(module, workers), before))
+                pooled |= set(getattr(module, workers))
+        new = [x for x in threading.enumerate() if not x.daemon and x not in known | pooled]
+        if not new:
+            return
         for thread in new:
             thread.join()
+
+
+def _pools_of_program(
+    workers: Mapping[threading.Thread, Any], before: Sequence[threading.Thread]
+) -> dict[threading.Thread, Any]:
+    """Workers of pools that have none from before, and are not the trace's storage's."""
+    items = list(workers.items())
+    old = {id(waker) for thread, waker in items if thread in before}
+    return {
+        thread: waker
+        for thread, waker in items
+        if id(waker) not in old and not thread.name.startswith(_STORAGE)
+    }
+
+
+def _end_pools(module: ModuleType, flag: str, workers: dict[threading.Thread, Any]) -> None:
+    """End the idle workers of pools that the program left: they end only when they are told.
+
+    As the module's own exit handler does, but for these workers only, and pools work afterwards:
+    this process goes on.
+    """
+    if not workers:
+        return
+    setattr(module, flag, True)
+    try:
+        for waker in workers.values():
+            if hasattr(waker, "wakeup"):
+                waker.wakeup()
+            else:
+                waker.put(None)
+        for thread in workers:
+            thread.join()
+    finally:
+        setattr(module, flag, False)
 
 
 def _exit_status(code: Any) -> int:
