@@ -23,6 +23,8 @@ Positions = NDArray[np.int64]
 
 #: Scores held at a time, of all rows and keys of one product: 2 MB.
 SCORES = 1 << 19
+#: e to less than this is lost in any sum, and denormal numbers take a CPU many times as long.
+LEAST_EXPONENT = np.float32(-80)
 #: A key history grows by at least so many tokens.
 ROOM = 128
 
@@ -168,6 +170,7 @@ def _log_sum_exp(scores: Float, sinks: Float | None) -> Float:
     if sinks is not None:
         top = np.maximum(top, sinks[None, :])
     scores -= top[:, :, None]
+    np.maximum(scores, LEAST_EXPONENT, out=scores)
     total = np.exp(scores, out=scores).sum(axis=2)
     if sinks is not None:
         total += np.exp(sinks[None, :] - top)

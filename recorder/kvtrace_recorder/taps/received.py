@@ -20,6 +20,8 @@ from kvtrace.writer import LayerSpec
 #: Scores computed at a time: what fits the caches of a CPU, and what fills a GPU.
 BLOCK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 24}
 LEAST_QUERIES = 16
+#: e to less than this is lost in any sum, and denormal numbers take a CPU many times as long.
+LEAST_EXPONENT = -80.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def row_sums(
         top = scores.amax(dim=2, keepdim=True)
         if sinks is not None:
             top = torch.maximum(top, sinks.float()[:, None, None])
-        weights = scores.sub_(top).exp_()
+        weights = scores.sub_(top).clamp_(min=LEAST_EXPONENT).exp_()
         total = weights.sum(dim=2, keepdim=True)
         if sinks is not None:
             total += torch.exp(sinks.float()[:, None, None] - top)
