@@ -8,6 +8,14 @@ CREATE TABLE runs (
     detail VARCHAR, dtype VARCHAR, selection VARCHAR
 );
 COMMENT ON TABLE runs IS 'One row per recording process.';
+COMMENT ON COLUMN runs.kvtrace_version IS 'Version of kvtrace that wrote it.';
+COMMENT ON COLUMN runs.started_ns IS 'When the recording began.';
+COMMENT ON COLUMN runs.command IS 'The recorded command line, as a JSON list.';
+COMMENT ON COLUMN runs.host IS 'Name of the machine.';
+COMMENT ON COLUMN runs.pid IS 'Process id of the recorded program.';
+COMMENT ON COLUMN runs.python IS 'Version of Python.';
+COMMENT ON COLUMN runs.torch IS 'Version of torch; null where none was used.';
+COMMENT ON COLUMN runs.transformers IS 'Version of transformers; null where none was used.';
 COMMENT ON COLUMN runs.run IS 'The rank of the recording process; numbers of steps, requests, models and blocks of rank r begin at r * 1,000,000,000.';
 COMMENT ON COLUMN runs.source IS 'recorded: taken from real inference; imported: from an outside file; synthetic: made up, for tests.';
 COMMENT ON COLUMN runs.detail IS 'What was asked for: events, summary, qk or qkv.';
@@ -20,6 +28,15 @@ CREATE TABLE models (
     attn_implementation VARCHAR, config VARCHAR
 );
 COMMENT ON TABLE models IS 'One row per model seen.';
+COMMENT ON COLUMN models.model IS 'Its number.';
+COMMENT ON COLUMN models.name IS 'Name or path it was loaded from.';
+COMMENT ON COLUMN models.architecture IS 'Class of the model.';
+COMMENT ON COLUMN models.num_layers IS 'Attention layers, by its configuration.';
+COMMENT ON COLUMN models.hidden_size IS 'Width of the hidden states.';
+COMMENT ON COLUMN models.vocab_size IS 'Tokens of the vocabulary.';
+COMMENT ON COLUMN models.num_parameters IS 'Parameters, shared ones once.';
+COMMENT ON COLUMN models.device IS 'Where its parameters were.';
+COMMENT ON COLUMN models.attn_implementation IS 'The attention kernel: eager, sdpa, flash_attention_2, ...';
 COMMENT ON COLUMN models.dtype IS 'Type the model computed in, before storage.';
 COMMENT ON COLUMN models.config IS 'The model''s configuration as JSON.';
 
@@ -30,6 +47,15 @@ CREATE TABLE layers (
     name VARCHAR, kv_heads INTEGER[], alibi_slopes DOUBLE[], position_bias DOUBLE[][]
 );
 COMMENT ON TABLE layers IS 'One row per attention layer.';
+COMMENT ON COLUMN layers.model IS 'The model it belongs to.';
+COMMENT ON COLUMN layers.layer IS 'Its number in the model, from 0.';
+COMMENT ON COLUMN layers.num_q_heads IS 'Query heads that were kept.';
+COMMENT ON COLUMN layers.num_kv_heads IS 'KV heads that were kept; num_q_heads / num_kv_heads query heads share one.';
+COMMENT ON COLUMN layers.head_dim IS 'Width of a query and a key.';
+COMMENT ON COLUMN layers.value_dim IS 'Width of a value.';
+COMMENT ON COLUMN layers.softcap IS 'Scores s become softcap * tanh(s / softcap); null without.';
+COMMENT ON COLUMN layers.has_sinks IS 'Whether the heads have a learned sink logit, so that attention on keys sums to less than 1.';
+COMMENT ON COLUMN layers.rope_theta IS 'Base of the rotary embedding; null without.';
 COMMENT ON COLUMN layers.attention_kind IS 'full, sliding, bidirectional (an encoder: every token sees every token), or cross (queries of the request, keys and values of its encoder_request).';
 COMMENT ON COLUMN layers.scale IS 'Factor on q k^T before the softmax.';
 COMMENT ON COLUMN layers.sliding_window IS 'Keys a query can see, itself included; null when all.';
@@ -45,6 +71,11 @@ CREATE TABLE requests (
     prompt_tokens INTEGER, started_ns BIGINT, encoder_request BIGINT
 );
 COMMENT ON TABLE requests IS 'One row per sequence: a batch of four is four requests.';
+COMMENT ON COLUMN requests.request IS 'Its number.';
+COMMENT ON COLUMN requests.run IS 'The process that ran it.';
+COMMENT ON COLUMN requests.model IS 'The model that ran it.';
+COMMENT ON COLUMN requests.batch_index IS 'Its row in the batch; null under continuous batching.';
+COMMENT ON COLUMN requests.started_ns IS 'When its first step began.';
 COMMENT ON COLUMN requests.external_id IS 'The serving API''s id, of imported events the session; null where there is none.';
 COMMENT ON COLUMN requests.prompt_tokens IS 'Tokens of the prompt, padding not counted.';
 COMMENT ON COLUMN requests.encoder_request IS 'The request whose tokens the cross attention reads; null without.';
@@ -53,11 +84,17 @@ CREATE TABLE forks (
     row BIGINT, request BIGINT, source BIGINT, tokens INTEGER
 );
 COMMENT ON TABLE forks IS 'Where a sequence is not the plain list of its own rows: before row `row` was processed, `request` became the first `tokens` tokens of `source` as that stood then. A crop is a fork of itself, a beam that changes its parent a fork of the other beam, a shared prefix a fork of the request that computed it. Forks of one row happen at once: each finds its source as it stood before all of them.';
+COMMENT ON COLUMN forks.row IS 'The first row processed after.';
+COMMENT ON COLUMN forks.request IS 'The request that changed.';
+COMMENT ON COLUMN forks.source IS 'The request it went on from; itself for a crop.';
+COMMENT ON COLUMN forks.tokens IS 'Tokens taken from the source.';
 
 CREATE TABLE tokens (
     request BIGINT, position INTEGER, token_id INTEGER, text VARCHAR, source VARCHAR, row BIGINT
 );
 COMMENT ON TABLE tokens IS 'Every token the model processed; the last sampled one has no key yet and is not here.';
+COMMENT ON COLUMN tokens.request IS 'The request it was processed for.';
+COMMENT ON COLUMN tokens.token_id IS 'Number in the vocabulary; null where unknown.';
 COMMENT ON COLUMN tokens.position IS 'Index in the request from 0, padding not counted.';
 COMMENT ON COLUMN tokens.text IS 'The token''s text, special tokens by name; null where no tokenizer was found.';
 COMMENT ON COLUMN tokens.source IS 'prompt or generated.';
@@ -68,6 +105,11 @@ CREATE TABLE steps (
     num_tokens INTEGER, started_ns BIGINT, duration_ns BIGINT, training_step BIGINT
 );
 COMMENT ON TABLE steps IS 'One row per forward pass of a model.';
+COMMENT ON COLUMN steps.step IS 'Its number.';
+COMMENT ON COLUMN steps.run IS 'The process that ran it.';
+COMMENT ON COLUMN steps.model IS 'The model that ran.';
+COMMENT ON COLUMN steps.batch_size IS 'Sequences in the batch.';
+COMMENT ON COLUMN steps.started_ns IS 'When the forward pass began.';
 COMMENT ON COLUMN steps.phase IS 'prefill, decode, mixed (continuous batching: both in one step), or train.';
 COMMENT ON COLUMN steps.training_step IS 'Optimizer steps taken before; null outside training.';
 COMMENT ON COLUMN steps.num_tokens IS 'Tokens processed by the step over the whole batch, padding not counted.';
@@ -77,6 +119,10 @@ CREATE TABLE rows (
     row BIGINT, step BIGINT, request BIGINT, position INTEGER, has_query BOOLEAN
 );
 COMMENT ON TABLE rows IS 'One row per token processed: axis 0 of every array.';
+COMMENT ON COLUMN rows.row IS 'Its index on axis 0 of the arrays of its rank.';
+COMMENT ON COLUMN rows.step IS 'The step that processed it.';
+COMMENT ON COLUMN rows.request IS 'The request it was processed for.';
+COMMENT ON COLUMN rows.position IS 'Index in the request from 0, padding not counted.';
 COMMENT ON COLUMN rows.has_query IS 'Whether q and lse were kept for this token; they are NaN where not.';
 
 CREATE TABLE kv_events (
@@ -101,6 +147,8 @@ CREATE TABLE blocks (
     details VARCHAR
 );
 COMMENT ON TABLE blocks IS 'One row per block that its source told apart by content.';
+COMMENT ON COLUMN blocks.block IS 'Its number, as kv_events gives it.';
+COMMENT ON COLUMN blocks.token_ids IS 'The tokens it holds; null where the source does not say.';
 COMMENT ON COLUMN blocks.hash IS 'The source''s own hash, as hexadecimal or decimal text.';
 COMMENT ON COLUMN blocks.parent IS 'The block before it in the sequence; null for the first.';
 COMMENT ON COLUMN blocks.block_size IS 'Tokens that a full block holds.';
@@ -110,12 +158,18 @@ CREATE TABLE gaps (
     ts_ns BIGINT, step BIGINT, what VARCHAR, count BIGINT, reason VARCHAR
 );
 COMMENT ON TABLE gaps IS 'What the trace does not hold, when, and why.';
+COMMENT ON COLUMN gaps.ts_ns IS 'When it was noticed.';
+COMMENT ON COLUMN gaps.step IS 'The first step concerned; null outside steps.';
+COMMENT ON COLUMN gaps.what IS 'What was lost or thinned: tokens, layer rows, lse, v values, ...';
+COMMENT ON COLUMN gaps.reason IS 'Why, in words.';
 COMMENT ON COLUMN gaps.count IS 'How many of what were lost.';
 
 CREATE TABLE verifications (
     model BIGINT, layer INTEGER, rows INTEGER, max_error DOUBLE, mean_error DOUBLE
 );
 COMMENT ON TABLE verifications IS 'Recorded with verify: attention outputs recomputed from what was recorded, against the model''s own.';
+COMMENT ON COLUMN verifications.model IS 'The model.';
+COMMENT ON COLUMN verifications.layer IS 'The layer.';
 COMMENT ON COLUMN verifications.rows IS 'Query rows compared.';
 COMMENT ON COLUMN verifications.max_error IS 'Largest relative error of a head''s output vector, ||recomputed - own|| / ||own||.';
 COMMENT ON COLUMN verifications.mean_error IS 'Mean of the same.';
@@ -124,6 +178,11 @@ CREATE TABLE array_catalog (
     name VARCHAR, kind VARCHAR, array_group INTEGER, dtype VARCHAR, shape VARCHAR, axes VARCHAR
 );
 COMMENT ON TABLE array_catalog IS 'The Zarr arrays under arrays.zarr.';
+COMMENT ON COLUMN array_catalog.name IS 'Its name.';
+COMMENT ON COLUMN array_catalog.kind IS 'q, k, v, lse, q_prerope, key_norm, value_norm or received.';
+COMMENT ON COLUMN array_catalog.array_group IS 'The group of equally shaped layers, as layers.array_group.';
+COMMENT ON COLUMN array_catalog.dtype IS 'Stored type.';
+COMMENT ON COLUMN array_catalog.axes IS 'Names of all axes, comma-separated.';
 COMMENT ON COLUMN array_catalog.shape IS 'Shape behind axis 0 (row), as JSON.';
 
 CREATE TABLE replays (
@@ -133,6 +192,14 @@ CREATE TABLE replays (
     sinks BIGINT, retained_sinks BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE
 );
 COMMENT ON TABLE replays IS 'One row per replayed policy and budget, over all requests, layers and heads.';
+COMMENT ON COLUMN replays.budget IS 'Tokens per KV head (N), or the share of the tokens present (P%).';
+COMMENT ON COLUMN replays.decide_when IS 'When the policy decided: prefill, step, every=N or stream.';
+COMMENT ON COLUMN replays.created_ns IS 'When the replay ended.';
+COMMENT ON COLUMN replays.mass_p5 IS '5th percentile of retained mass over query heads, layers and measured rows.';
+COMMENT ON COLUMN replays.mass_worst IS 'The least of the same.';
+COMMENT ON COLUMN replays.retained_sinks IS 'Of the sinks, those still held at the end.';
+COMMENT ON COLUMN replays.output_error IS 'Mean relative error of the attention output, ||o_S - o|| / ||o||; null without v.';
+COMMENT ON COLUMN replays.ties IS 'Cuts, over layers and KV heads, whose margin was 0.';
 COMMENT ON COLUMN replays.replay IS 'Name of the folder under replays/.';
 COMMENT ON COLUMN replays.policy IS 'The policy as the user wrote it, parameters included.';
 COMMENT ON COLUMN replays.parameters IS 'Every parameter, defaults too, as JSON.';
@@ -151,6 +218,13 @@ CREATE TABLE replay_steps (
     misses BIGINT, evictions BIGINT, held BIGINT
 );
 COMMENT ON TABLE replay_steps IS 'Per measured row: totals over layers and heads.';
+COMMENT ON COLUMN replay_steps.replay IS 'The replay.';
+COMMENT ON COLUMN replay_steps.request IS 'The request.';
+COMMENT ON COLUMN replay_steps.mass IS 'Mean retained mass over layers and query heads.';
+COMMENT ON COLUMN replay_steps.mass_worst IS 'The least of the same.';
+COMMENT ON COLUMN replay_steps.hits IS 'Needed and kept pairs.';
+COMMENT ON COLUMN replay_steps.misses IS 'Needed and evicted pairs.';
+COMMENT ON COLUMN replay_steps.evictions IS 'Slots evicted at this row.';
 COMMENT ON COLUMN replay_steps.position IS 'Position of the query token.';
 COMMENT ON COLUMN replay_steps.held IS '(token, layer, KV head) slots held after the row''s cut.';
 
@@ -159,3 +233,14 @@ CREATE TABLE replay_heads (
     hits BIGINT, misses BIGINT, evictions BIGINT, output_error DOUBLE, ties BIGINT
 );
 COMMENT ON TABLE replay_heads IS 'Per layer and KV head: totals over the measured rows.';
+COMMENT ON COLUMN replay_heads.replay IS 'The replay.';
+COMMENT ON COLUMN replay_heads.layer IS 'The layer.';
+COMMENT ON COLUMN replay_heads.kv_head IS 'The KV head, by the model''s number.';
+COMMENT ON COLUMN replay_heads.mass IS 'Mean retained mass over its query heads and the rows.';
+COMMENT ON COLUMN replay_heads.mass_p5 IS '5th percentile of the same.';
+COMMENT ON COLUMN replay_heads.mass_worst IS 'The least of the same.';
+COMMENT ON COLUMN replay_heads.hits IS 'Needed and kept pairs.';
+COMMENT ON COLUMN replay_heads.misses IS 'Needed and evicted pairs.';
+COMMENT ON COLUMN replay_heads.evictions IS 'Slots evicted.';
+COMMENT ON COLUMN replay_heads.output_error IS 'Mean relative error of its outputs; null without v.';
+COMMENT ON COLUMN replay_heads.ties IS 'Cuts whose margin was 0.';

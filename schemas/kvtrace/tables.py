@@ -59,7 +59,7 @@ def columns() -> tuple[ColumnInfo, ...]:
         connection.execute(ddl())
         found = connection.execute(
             "select table_name, column_name, data_type, comment from duckdb_columns()"
-            " order by table_oid, column_index"
+            " where not internal order by table_oid, column_index"
         ).fetchall()
     return tuple(ColumnInfo(*row) for row in found)
 

@@ -130,8 +130,10 @@ def test_max_rows_bounds_what_is_fetched(synthetic_trace: SyntheticTrace) -> Non
     assert synthetic_trace().sql("select * from rows", max_rows=5).num_rows == 5
 
 
-def test_every_table_has_a_comment() -> None:
+def test_every_table_and_column_has_a_comment() -> None:
     assert all(tables.table_comments().values())
+    bare = [f"{column.table}.{column.name}" for column in tables.columns() if not column.comment]
+    assert not bare
 
 
 @pytest.mark.parametrize("form", ["json", "csv", "table"])
