@@ -40,6 +40,7 @@ ROW_ARRAYS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "key_norm": (("kv_head",), "float32"),
     "value_norm": (("kv_head",), "float32"),
     "received": (("q_head",), "float32"),
+    "score": (("kv_head",), "float32"),
 }
 #: Kinds that grow after their rows were written; see `kvtrace.sums`.
 SUM_ARRAYS = frozenset({"received"})

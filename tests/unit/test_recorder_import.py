@@ -76,6 +76,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"k1": np.ones((2, 12, 8), np.float32)}, "float16 as in q0 was expected"),
     ({"q0": np.ones((4, 12, 8))}, "has type float64; float16 or float32 was expected"),
     ({"wo": np.ones((2, 5, 31))}, "[2 layers, hidden, q_head * head_dim = [32]] was expected"),
+    ({"score0": np.ones((2, 11))}, "[2 kv heads, 12 tokens] of numbers, in every layer was"),
     ({"prompt_tokens": np.array(13)}, "prompt_tokens of {file} has 13; 1 to 12 was expected"),
 ]
 

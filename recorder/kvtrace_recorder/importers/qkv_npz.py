@@ -1,9 +1,10 @@
 """q, k and v in an .npz file: `q{l}`, `k{l}`, `v{l}` per layer l from 0, and the token ids.
 
 Arrays: `q{l} [q_head, token, head_dim]`, `k{l}`, `v{l} [kv_head, token, head_dim]`, after rotary
-embedding; `ids [token]`; optional `q_prerope{l}` like q{l}, `wo [layer, hidden,
-q_head * head_dim]` and `prompt_tokens` (default: all tokens). Causal attention over all earlier
-tokens at a scale of 1/sqrt(head_dim) is assumed.
+embedding; `ids [token]`; optional `q_prerope{l}` like q{l}, `score{l} [kv_head, token]` (what a
+policy scored the tokens, higher = kept), `wo [layer, hidden, q_head * head_dim]` and
+`prompt_tokens` (default: all tokens). Causal attention over all earlier tokens at a scale of
+1/sqrt(head_dim) is assumed.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ def run_import(args: argparse.Namespace, out: Path, command: Sequence[str]) -> N
     with _QkvFile(Path(args.source)) as file:
         # Everything is checked before anything is made.
         specs = [file.spec(layer, file.rows(layer)) for layer in range(file.layers)]
+        for spec in specs:
+            file.scores(spec.layer, spec.num_kv_heads)
         file.check_wo(specs)
         writer = TraceWriter(
             out,
             source="imported",
             command=command,
             dtype=file.dtype,
-            extra=("q_prerope",) if file.has_prerope else (),
+            extra=file.extra,
             force=args.force,
         )
         with writer:
@@ -71,7 +74,7 @@ class _QkvFile:
                 f" it holds {', '.join(sorted(names)[:12]) or 'nothing'}"
             )
         self.layers = len(layers)
-        self.has_prerope = "q_prerope0" in names
+        self.extra = tuple(kind for kind in ("q_prerope", "score") if f"{kind}0" in names)
         self.wo = self._file["wo"] if "wo" in names else None
         self.ids = self._ids()
         first = self.array("q", 0)
@@ -98,8 +101,19 @@ class _QkvFile:
 
     def rows(self, layer: int) -> dict[str, Array]:
         """q, k, v and, where the file has them, q_prerope of a layer, `[token, head, head_dim]`."""
-        kinds = (*_KINDS, "q_prerope") if self.has_prerope else _KINDS
+        kinds = (*_KINDS, "q_prerope") if "q_prerope" in self.extra else _KINDS
         return {kind: self.array(kind, layer) for kind in kinds}
+
+    def scores(self, layer: int, kv_heads: int) -> dict[str, Array]:
+        """`score` of a layer as float32 `[token, kv_head]`; nothing where the file has none."""
+        if "score" not in self.extra:
+            return {}
+        name, expected = f"score{layer}", f"[{kv_heads} kv heads, {self.tokens} tokens]"
+        found = self._file[name] if name in self._file.files else np.zeros(0)
+        if found.shape != (kv_heads, self.tokens) or found.dtype.kind not in "fiu":
+            shape = f"shape {list(found.shape)} of {found.dtype}"
+            raise self._wrong(name, shape, f"{expected} of numbers, in every layer", "fix it")
+        return {"score": found.T.astype(np.float32)}
 
     def array(self, kind: str, layer: int) -> Array:
         """One array of the file as `[token, head, head_dim]`."""
@@ -200,6 +214,7 @@ def _write(writer: TraceWriter, file: _QkvFile, specs: list[LayerSpec]) -> None:
     for layer, spec in enumerate(specs):
         rows = file.rows(layer)
         rows["lse"] = _lse(spec, rows)
+        rows |= file.scores(layer, spec.num_kv_heads)
         writer.append_layer(model, layer, **{kind: x[:prompt] for kind, x in rows.items()})
         rest[layer] = {kind: x[prompt:].copy() for kind, x in rows.items()}
     for number, position in enumerate(range(prompt, tokens), start=1):

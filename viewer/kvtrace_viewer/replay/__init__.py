@@ -13,6 +13,7 @@ from kvtrace_viewer.replay.policy import Policy, parameter
 from kvtrace_viewer.replay.replayable import replayable
 from kvtrace_viewer.replay.result import Result
 from kvtrace_viewer.replay.run import replay
+from kvtrace_viewer.replay.selector import Selector
 from kvtrace_viewer.replay.spec import parse_policy
 from kvtrace_viewer.replay.when import When, parse_when
 
@@ -27,6 +28,7 @@ __all__ = [
     "Measures",
     "Policy",
     "Result",
+    "Selector",
     "When",
     "parameter",
     "parse_budget",

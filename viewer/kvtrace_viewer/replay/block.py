@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +46,17 @@ class Head:
         only where the trace does not hold all of those queries.
     layer, kv_head, num_layers : int
         Where the head stands in the model.
+    q_prerope : float32 [token, query head of the group, head_dim] or None
+        Queries before RoPE; like all that follow only where a policy declares the signal.
+    inv_freq : float64 [head_dim / 2] or None
+        What RoPE turns dimensions i and i + head_dim / 2 by per position, in radians; comes with
+        q_prerope. See `signals.rotate`.
+    wo : float32 [query head of the group, hidden, value_dim] or None
+        Output projection of each query head.
+    score : float32 [token] or None
+        Recorded score, higher = kept; NaN where a token has none.
+    surveys : mapping of str to mapping of int to object
+        By policy spec and layer, what its `survey` found.
     """
 
     q: Floats
@@ -60,6 +73,11 @@ class Head:
     layer: int = 0
     kv_head: int = 0
     num_layers: int = 1
+    q_prerope: Floats | None = None
+    inv_freq: NDArray[np.float64] | None = None
+    wo: Floats | None = None
+    score: Floats | None = None
+    surveys: Mapping[str, Mapping[int, Any]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -117,6 +135,10 @@ class Head:
             rows -= lse.T[:, :, None].astype(np.float32)
             np.exp(rows, out=rows)
         return rows
+
+    def attention(self, start: int, stop: int) -> Floats:
+        """Return `rows` in memory of their own."""
+        return self.rows(start, stop, np.empty(self.group * (stop - start) * stop, np.float32))
 
     def _hide(self, rows: Floats, start: int, stop: int) -> None:
         """Scores of keys after the query, or outside its window, become -inf."""

@@ -36,6 +36,12 @@ class Cuts:
         a, b = np.searchsorted(self.rows, (start, stop))
         return Cuts(self.rows[a:b], self.limits[a:b], self.sinks[a:b], self.recent[a:b])
 
+    def allot(self, b: int, limit: int) -> None:
+        """Set what budget `b` holds after the one decision here, protection clipped to it."""
+        self.limits[0, b] = limit
+        self.sinks[0, b] = min(self.sinks[0, b], limit)
+        self.recent[0, b] = min(self.recent[0, b], limit - self.sinks[0, b])
+
 
 class Cache:
     """The tokens one policy holds in one KV head, per budget.
@@ -112,6 +118,10 @@ class Cache:
             self.evicted_at,
         )
         self.joined = int(cuts.rows[-1]) + 1
+
+    def holds(self, row: int) -> NDArray[np.bool_]:
+        """[budget, key]: whether the query of `row`, already decided, can read a key."""
+        return self.evicted_at[:, : row + 1] >= row
 
     def held_before(self, row: int, b: int) -> NDArray[np.int64]:
         """Positions in budget b's cache at the cut after `row`, ascending."""

@@ -18,8 +18,11 @@ from kvtrace_viewer.replay.block import BLOCK_ROWS, Block, Head
 from kvtrace_viewer.replay.cache import Cache
 from kvtrace_viewer.replay.measure import HeadMeasures, Measures
 from kvtrace_viewer.replay.policy import Policy
+from kvtrace_viewer.replay.selector import Selector
 from kvtrace_viewer.replay.totals import HeadTotals, StepTotals, summarise
 from kvtrace_viewer.replay.when import When
+
+Longs = NDArray[np.int64]
 
 Progress = Callable[[int], None]
 """Told how many rows of one layer have been passed since it was last told."""
@@ -37,12 +40,27 @@ class Run:
 class _RunState:
     """One run in one head."""
 
-    def __init__(self, run: Run, head: Head, evicted_at: NDArray[np.int32]) -> None:
+    def __init__(self, run: Run, head: Head, columns: slice, evicted_at: NDArray[np.int32]) -> None:
         self.policy = run.policy
+        self.budgets = run.budgets
+        self.columns = columns
         self.cuts = run.policy.cuts(run.when, run.budgets, head)
-        self.cache = Cache(self.cuts, head.window, evicted_at)
+        self.cache = Cache(self.cuts, head.window, evicted_at[columns])
         self.state: Any = run.policy.start(head, self.cuts)
         self.first_row = int(self.cuts.rows[0]) + 1 if len(self.cuts.rows) else head.tokens
+
+    def select(self, block: Block) -> tuple[Longs, NDArray[np.bool_]]:
+        """Rows of a block that are measured, and what they read: bool [budget, row, key]."""
+        rows = np.arange(max(block.start, self.first_row), block.stop)
+        rows = rows[block.head.has_query[rows]]
+        if not len(rows) or not isinstance(self.policy, Selector):
+            return rows, np.zeros((len(self.budgets), len(rows), block.stop), np.bool_)
+        reads = [self.policy.reads(budget, rows, block.head) for budget in self.budgets]
+        limits = np.stack(reads, axis=1)
+        chosen = self.policy.select(block, rows, limits, self.cache, self.state)
+        keys = np.arange(block.stop)
+        held = self.cache.evicted_at[:, None, : block.stop] >= rows[:, None]
+        return rows, np.where(keys == rows[:, None], True, chosen & held & (keys < rows[:, None]))
 
     def bound(self) -> NDArray[np.float64]:
         found = self.policy.bound(self.state) if len(self.cuts.rows) else None
@@ -67,9 +85,11 @@ class HeadReplay:
         first_rows: list[int] = []
         for run in runs:
             columns = slice(len(first_rows), len(first_rows) + len(run.budgets))
-            self.runs.append(_RunState(run, head, self.evicted_at[columns]))
+            self.runs.append(_RunState(run, head, columns, self.evicted_at))
             first_rows += [self.runs[-1].first_row] * len(run.budgets)
-        self.measures = HeadMeasures(head, np.array(first_rows, dtype=np.int64), options)
+        selects = np.repeat([run.policy.selects for run in runs], [len(r.budgets) for r in runs])
+        first = np.array(first_rows, dtype=np.int64)
+        self.measures = HeadMeasures(head, first, options, selects)
         self.buffer = np.empty(head.group * BLOCK_ROWS * head.tokens, dtype=np.float32)
 
     def block(self, start: int, stop: int) -> Block:
@@ -91,12 +111,24 @@ class HeadReplay:
                 if stop >= run.first_row:
                     run.policy.look_ahead(block, run.cuts.within(start, stop), run.state)
 
+    def decide(self, block: Block) -> None:
+        """Make the decisions of one block that this head makes alone."""
+        for run in self.runs:
+            if not run.policy.shares_heads:
+                cuts = run.cuts.within(block.start, block.stop)
+                run.policy.decide(block, cuts, run.state, run.cache)
+
+    def measure(self, block: Block) -> None:
+        """Measure one block whose decisions have been made."""
+        self.measures.add(block, self.evicted_at)
+        for run in self.runs:
+            if run.policy.selects:
+                self.measures.add_read(block, run.columns, *run.select(block))
+
     def advance(self, block: Block) -> None:
         """Decide, then measure, one block."""
-        for run in self.runs:
-            cuts = run.cuts.within(block.start, block.stop)
-            run.policy.decide(block, cuts, run.state, run.cache)
-        self.measures.add(block, self.evicted_at)
+        self.decide(block)
+        self.measure(block)
 
     def summarise(self, steps: StepTotals) -> HeadTotals:
         """Total what was measured, and add the rows to `steps`."""
@@ -125,6 +157,13 @@ def workers(threads: int | None = None) -> Iterator[Executor]:
         yield pool
 
 
+def _decide_together(states: list[_RunState], seen: list[Block]) -> None:
+    """Make one run's decisions of a block in all heads of a layer."""
+    cuts = [one.cuts.within(seen[0].start, seen[0].stop) for one in states]
+    caches = [one.cache for one in states]
+    states[0].policy.decide_layer(seen, cuts, [one.state for one in states], caches)
+
+
 def replay_layer(
     heads: list[Head],
     runs: list[Run],
@@ -135,12 +174,16 @@ def replay_layer(
     """Replay all runs in the KV heads of one layer of one request."""
     replays = list(pool.map(lambda head: HeadReplay(head, runs, options), heads))
     list(pool.map(HeadReplay.look_ahead, replays))
-    together = any(run.policy.across_heads for run in runs)
+    shared = [r for r, run in enumerate(runs) if run.policy.shares_heads]
+    together = shared or any(run.policy.across_heads for run in runs)
     for start, stop in blocks(heads[0]):
         if together:
             rows = list(pool.map(lambda r: r.block(start, stop), replays))  # noqa: B023
             seen = [replace(block, layer=tuple(rows)) for block in rows]
-            list(pool.map(HeadReplay.advance, replays, seen))
+            list(pool.map(HeadReplay.decide, replays, seen))
+            for r in shared:
+                _decide_together([one.runs[r] for one in replays], seen)
+            list(pool.map(HeadReplay.measure, replays, seen))
         else:
             list(pool.map(lambda r: r.advance(r.block(start, stop)), replays))  # noqa: B023
         progress(stop - start)

@@ -62,10 +62,14 @@ class HeadMeasures:
     hits, misses : int64 [pair, row]
     error : float64 [pair], output errors summed over `error_rows` rows and the query heads
     error_rows : int64 [pair]
+    selects : bool [pair], pairs whose queries read less than is held: `add_read` measures them
     """
 
-    def __init__(self, head: Head, first_rows: Longs, options: Measures) -> None:
+    def __init__(
+        self, head: Head, first_rows: Longs, options: Measures, selects: NDArray[np.bool_]
+    ) -> None:
         pairs = len(first_rows)
+        self.selects = selects
         self.head = head
         self.first_rows = first_rows
         self.options = options
@@ -81,7 +85,7 @@ class HeadMeasures:
     def add(self, block: Block, evicted_at: NDArray[np.int32]) -> None:
         """Measure a block whose decisions have been made (`evicted_at` [pair, token])."""
         add_far(block.attention, block.start, self.sink_distance, self.far)
-        active = np.flatnonzero(self.first_rows < block.stop)
+        active = np.flatnonzero((self.first_rows < block.stop) & ~self.selects)
         if not len(active):
             return
         gone = np.ascontiguousarray(evicted_at[active, : block.stop].T)
@@ -98,6 +102,23 @@ class HeadMeasures:
         self.misses[active, window] = np.where(measured, needed - hits.T, 0)
         if self.head.v is not None:
             self._add_error(block, gone, active, measured, rows)
+
+    def add_read(self, block: Block, pairs: slice, rows: Longs, read: NDArray[np.bool_]) -> None:
+        """Measure pairs whose queries at `rows` read `read` [pair, row, key]."""
+        at = rows - block.start
+        attention = block.attention[:, at]
+        needed = attention >= (self.options.needed_share / (rows + 1))[:, None]
+        needed &= np.arange(block.stop) <= rows[:, None]
+        for p, visible in zip(range(pairs.start, pairs.stop), read, strict=True):
+            kept = np.where(visible, attention, np.float32(0))
+            self.mass[p][:, rows] = kept.sum(axis=2, dtype=np.float64)
+            self.hits[p, rows] = (needed & visible).sum(axis=(0, 2))
+            self.misses[p, rows] = (needed & ~visible).sum(axis=(0, 2))
+            sampled = (rows - self.first_rows[p]) % self.strides[p] == 0
+            if block.head.v is not None and sampled.any():
+                full = _OutputsOf(block, at[sampled])
+                self.error[p] += full.errors(np.ascontiguousarray(kept[:, sampled])).sum()
+                self.error_rows[p] += int(sampled.sum())
 
     def _add_error(
         self,
@@ -159,20 +180,33 @@ def output_errors(block: Block, gone: NDArray[np.int32], rows: Longs) -> Doubles
     ValueError
         Where the trace has no values.
     """
-    if block.head.v is None:
-        raise ValueError("output error needs values")
-    # A column of ones beside the values: the same product gives what o_S is renormalised by.
-    values = np.column_stack([block.head.v[: block.stop], np.ones(block.stop, np.float32)])
-    sink = block.sink_share[:, rows]
-    full = _outputs(np.ascontiguousarray(block.attention[:, rows]), values, sink)
-    size = np.linalg.norm(full, axis=2)
+    full = _OutputsOf(block, rows)
     kept = np.empty((block.head.group, len(rows), block.stop), dtype=np.float32)
-    errors = np.empty((gone.shape[1], *size.shape))
+    errors = np.empty((gone.shape[1], *full.size.shape))
     for p, evicted_at in enumerate(np.ascontiguousarray(gone.T)):
         keep_held(block.attention, block.start, rows, evicted_at, kept)
-        apart = np.linalg.norm(_outputs(kept, values, sink) - full, axis=2)
-        errors[p] = np.where(size > 0, apart / np.where(size > 0, size, 1.0), 0.0)
+        errors[p] = full.errors(kept)
     return errors
+
+
+class _OutputsOf:
+    """The outputs of some rows of a block with the full cache, and errors against them."""
+
+    def __init__(self, block: Block, rows: Longs) -> None:
+        if block.head.v is None:
+            raise ValueError("output error needs values")
+        # A column of ones beside the values: the same product gives what o_S is renormalised by.
+        values = block.head.v[: block.stop]
+        self.values = np.column_stack([values, np.ones(block.stop, np.float32)])
+        self.sink = block.sink_share[:, rows]
+        attention = np.ascontiguousarray(block.attention[:, rows])
+        self.full = _outputs(attention, self.values, self.sink)
+        self.size = np.linalg.norm(self.full, axis=2)
+
+    def errors(self, kept: NDArray[np.float32]) -> Doubles:
+        """||o_S - o|| / ||o|| where `kept` [query head, row, key] is what is left of the rows."""
+        apart = np.linalg.norm(_outputs(kept, self.values, self.sink) - self.full, axis=2)
+        return np.where(self.size > 0, apart / np.where(self.size > 0, self.size, 1.0), 0.0)
 
 
 def _outputs(attention: NDArray[np.float32], values: NDArray[np.float32], sink: Doubles) -> Doubles:

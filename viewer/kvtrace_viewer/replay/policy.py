@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from kvtrace_viewer.replay.amounts import Amount, Budget, parse_amount
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cache, Cuts, present
+from kvtrace_viewer.replay.sharing import cut_together
 from kvtrace_viewer.replay.when import When
 
 NONE = Amount(0, None, "0")
@@ -33,6 +35,16 @@ class Policy:
 
     Where a budget is smaller than its protection, the first tokens are protected first, then
     the last ones, up to the budget.
+
+    Where one score per key is not enough, declare it and define one method more. Budgets that
+    data decides: `limits` gives a head its own (from a table by `head.layer` and
+    `head.kv_head`); `shares_heads` with `allocate` divides, at each decision, one budget among
+    the heads of a layer; `surveys` with `survey` looks at every layer before the replay, and
+    `limits` then reads `head.surveys[self.spec][layer]` of all layers. Whole sets at once:
+    `decide`. Choosing per query what is read, without evicting: derive from `selector.Selector`
+    and define `select`. Further signals, read or derived once and only where `signals` names
+    them: `q_prerope` (`head.q_prerope` and `head.inv_freq`, see `signals.rotate`), `wo`
+    (`head.wo`) and `score` (`head.score`, recorded with the tokens).
     """
 
     sinks: int = parameter(0, "first tokens that are never evicted", "tokens", 0)
@@ -42,7 +54,7 @@ class Policy:
 
     name: ClassVar[str] = ""
     signals: ClassVar[frozenset[str]] = frozenset({"q", "k"})
-    """What decides: of q, k, v. Empty: position alone, exact everywhere (E0)."""
+    """What decides: of q, k, v, q_prerope, wo, score. Empty: position alone, exact (E0)."""
     default_when: ClassVar[str] = "step"
     """When it decides in its paper."""
     across_heads: ClassVar[bool] = False
@@ -51,6 +63,12 @@ class Policy:
     """Whether scores depend on what is held: then `score_held` is asked instead of `scores`."""
     takes_received: ClassVar[bool] = False
     """Whether `Head.received` can stand for the prompt's queries; see `Block.is_summed`."""
+    shares_heads: ClassVar[bool] = False
+    """Whether the heads of a layer share a budget: then `allocate` is asked."""
+    surveys: ClassVar[bool] = False
+    """Whether `survey` must see every layer before the replay."""
+    selects: ClassVar[bool] = False
+    """Whether it chooses per query what is read; see `selector.Selector`."""
     looks_ahead: ClassVar[bool] = False
     """Whether the engine must call `look_ahead` for every block, last first, before the replay."""
 
@@ -61,7 +79,7 @@ class Policy:
     @property
     def prompt_queries(self) -> int | None:
         """Last queries of the prompt that decisions after it need; None: all of them."""
-        return None if "q" in self.signals else 0
+        return None if self.signals & {"q", "q_prerope"} else 0
 
     def start(self, head: Head, cuts: Cuts) -> Any:
         """Return the state of one head before its first block; None where nothing is kept."""
@@ -112,6 +130,50 @@ class Policy:
                     lines[b, 0, held] = self.score_held(held, int(limit), int(row), block, state)
             cache.cut(one, lines)
 
+    def decide_layer(
+        self,
+        blocks: Sequence[Block],
+        cuts: Sequence[Cuts],
+        states: Sequence[Any],
+        caches: Sequence[Cache],
+    ) -> None:
+        """Make the decisions of a block in all heads of a layer, where `shares_heads`."""
+        lines = [] if self.needs_held else list(map(self.scores, blocks, cuts, states))
+
+        def score_held(
+            h: int, c: int, b: int, held: NDArray[np.int64], limit: int
+        ) -> NDArray[np.float64]:
+            if self.needs_held:
+                row = int(cuts[h].rows[c])
+                return self.score_held(held, limit, row, blocks[h], states[h])
+            line: NDArray[np.float64] = lines[h] if lines[h].ndim == 2 else lines[h][b]
+            return np.asarray(line[c, held])
+
+        cut_together(cuts, caches, blocks[0].stop, score_held, self.allocate)
+
+    def allocate(
+        self, scores: list[NDArray[np.float64]], limits: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Divide one budget among the heads of a layer at one decision.
+
+        Parameters
+        ----------
+        scores : list by head of float64 [held]
+            What each head holds, ascending by position; infinite where protected.
+        limits : int64 [head]
+            An even division; together they hold fewer than `scores`.
+
+        Returns
+        -------
+        int64 [head]
+            Tokens each head is left with; no more in sum than `limits`.
+        """
+        raise NotImplementedError
+
+    def survey(self, heads: Sequence[Head], cuts: NDArray[np.int64]) -> Any:
+        """Look at one layer before the replay, where `surveys`; `cuts` [cut] are the rows."""
+        raise NotImplementedError
+
     def look_ahead(self, block: Block, cuts: Cuts, state: Any) -> None:
         """See a block before the replay; called from the last block to the first."""
 
@@ -141,9 +203,11 @@ class Policy:
         return Cuts(rows, limits, sinks, recent)
 
     def exactness(self, when: When) -> str:
-        """E0, E1 or E2: how far a replay equals a real run (docs/policies.md)."""
+        """E0, E1, E2 or E3: how far a replay equals a real run (docs/policies.md)."""
         if not self.signals:
             return "E0"
+        if "score" in self.signals:
+            return "E3"
         return "E1" if when.kind == "prefill" else "E2"
 
     def parameters(self) -> dict[str, Any]:

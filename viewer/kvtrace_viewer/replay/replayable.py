@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from kvtrace.cached import cached_layers, cached_requests, not_together
 from kvtrace.errors import InputError
@@ -11,6 +11,7 @@ from kvtrace.model import Layer, number_text
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.policies import POLICIES
 from kvtrace_viewer.replay.policy import Policy
+from kvtrace_viewer.replay.signals import missing
 from kvtrace_viewer.replay.when import When, parse_when
 
 WHY = {
@@ -18,8 +19,16 @@ WHY = {
     "E1": "decides once, right after the prompt, from full-cache q, k, v: exact in every layer",
     "E2": "decides while decoding: exact in layer 0 and at the first eviction, "
     "then on the full-cache run's q, k, v",
+    "E2s": "chooses per query what is read and evicts nothing: exact but for the drift of queries",
+    "E3": "its scores were recorded: exact where the trace has them",
 }
-HOW = {"E0": "exactly", "E1": "exactly", "E2": "approximately"}
+HOW = {
+    "E0": "exactly",
+    "E1": "exactly",
+    "E2": "approximately",
+    "E2s": "approximately",
+    "E3": "exactly",
+}
 
 
 def replayable(trace: Trace) -> list[dict[str, str]]:
@@ -32,19 +41,24 @@ def replayable(trace: Trace) -> list[dict[str, str]]:
     numbers = cached_requests(trace)
     held, layers = [trace.holdings(n) for n in numbers], cached_layers(trace, numbers)
     apart = not_together(trace, numbers)
-    found = [_row(layers, held, name, kind()) for name, kind in POLICIES.items()]
+    lacking = missing(trace, layers)
+    found = [_row(layers, held, lacking, name, kind()) for name, kind in POLICIES.items()]
     for row in found if apart else ():
         row["reason"] += f"; with --request N, as {apart}"
     return found
 
 
 def _row(
-    layers: Sequence[Layer], held: Sequence[Holdings], name: str, policy: Policy
+    layers: Sequence[Layer],
+    held: Sequence[Holdings],
+    lacking: Mapping[str, str],
+    name: str,
+    policy: Policy,
 ) -> dict[str, str]:
     problem = None
     for rhythm in dict.fromkeys((policy.default_when, "step", "prefill")):
         when = parse_when(rhythm)
-        found = obstacle(layers, held, policy, when)
+        found = obstacle(layers, held, lacking, policy, when)
         if found is None:
             exactness = policy.exactness(when)
             reason = WHY[exactness] + (f", with --when {when} ({problem})" if problem else "")
@@ -60,9 +74,15 @@ def _as_row(policy: str, replay: str, exactness: str, reason: str) -> dict[str, 
 
 
 def obstacle(
-    layers: Sequence[Layer], held: Sequence[Holdings], policy: Policy, when: When
+    layers: Sequence[Layer],
+    held: Sequence[Holdings],
+    lacking: Mapping[str, str],
+    policy: Policy,
+    when: When,
 ) -> str | None:
     """Why `policy` cannot be replayed on the requests that `held` describes; None where it can.
+
+    `lacking` are the signals beyond q, k, v that cannot be had, with the reason of each.
 
     Keys are needed whatever decides, in every replayed layer, and the queries of all rows that
     are measured: those after the first cut.
@@ -72,14 +92,17 @@ def obstacle(
     if any(layer.position_bias is not None for layer in layers):
         return "the model adds a learned position bias to its scores, which replays do not know"
     kept = {kind for layer in layers_held(held) for kind in held[0].layers[layer]} if held else ()
-    missing = [kind for kind in ("k", "q") if kind not in kept]
-    if missing:
-        return f"the trace lacks {', '.join(missing)}"
+    absent = [kind for kind in ("k", "q") if kind not in kept]
+    if absent:
+        return f"the trace lacks {', '.join(absent)}"
     if "lse" not in kept and any(layer.has_sinks for layer in layers):
         return "the model has learned sinks, and the trace lacks lse"
     if "v" in policy.signals and set(layers_held(held, "v")) != set(layers_held(held)):
         return "the trace lacks v in some layers"
-    if policy.across_heads and any(layer.kv_heads is not None for layer in layers):
+    for signal in sorted(policy.signals & lacking.keys()):
+        return lacking[signal]
+    joint = policy.across_heads or policy.shares_heads
+    if joint and any(layer.kv_heads is not None for layer in layers):
         return "it decides from all heads of a layer, and only some were kept"
     return _query_obstacle(held, policy, when)
 
@@ -143,8 +166,9 @@ def check(trace: Trace, requests: Sequence[int], policies: Sequence[tuple[Policy
             f" {apart}; one was expected; choose it with --request N"
         )
     held, layers = [trace.holdings(n) for n in requests], cached_layers(trace, requests)
+    lacking = missing(trace, layers)
     for policy, when in policies:
-        problem = obstacle(layers, held, policy, when)
+        problem = obstacle(layers, held, lacking, policy, when)
         if problem:
             raise InputError(
                 f"{policy.name} cannot be replayed on {trace.path} with --when {when}: {problem}; "

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from kvtrace_viewer.replay.measure import Measures
 from kvtrace_viewer.replay.policy import Policy
 from kvtrace_viewer.replay.replayable import check, layers_held, left_out
 from kvtrace_viewer.replay.result import ReplayedRequest, Result
+from kvtrace_viewer.replay.signals import Extra, extra_signals
 from kvtrace_viewer.replay.spec import parse_policy
 from kvtrace_viewer.replay.storage import store_result
 from kvtrace_viewer.replay.totals import HeadTotals, StepTotals
@@ -183,7 +185,6 @@ class _Work:
         self.replayed[request.request] = (request, rows)
         steps = StepTotals.zeros(len(self.pairs), len(rows))
         self.steps[request.request] = steps
-        held = self.held[request.request]
         of_model = [layer.layer for layer in cached_layers(self.trace, [request.request])]
         layers = [layer for layer in of_model if layer in self.layers]
 
@@ -191,12 +192,35 @@ class _Work:
             self.done += count
             self.progress(self.done / (of * len(layers)))
 
+        num_layers = self.num_layers(request.model, of_model)
+        runs = _runs(self.pairs)
+        surveys = self.survey(runs, request, layers, num_layers)
         for layer in layers:
-            data = self.trace.layer_data(layer, request.request)
-            data = as_held(data, held)
-            heads = heads_of(data, request, num_layers=self.num_layers(request.model, of_model))
-            for head in replay_layer(heads, _runs(self.pairs), self.measures, pool, passed):
-                self._collect(head, rows, steps)
+            heads = [
+                replace(head, surveys=surveys) for head in self.heads(layer, request, num_layers)
+            ]
+            for replayed in replay_layer(heads, runs, self.measures, pool, passed):
+                self._collect(replayed, rows, steps)
+
+    def heads(self, layer: int, request: Request, num_layers: int) -> list[Head]:
+        """The KV heads of one layer, with the signals that some policy declares."""
+        data = as_held(self.trace.layer_data(layer, request.request), self.held[request.request])
+        wanted = frozenset[str]().union(*(pair.policy.signals for pair in self.pairs))
+        extra = extra_signals(self.trace, data.spec, request.request, data.q, wanted)
+        return heads_of(data, request, num_layers, extra)
+
+    def survey(
+        self, runs: list[Run], request: Request, layers: list[int], num_layers: int
+    ) -> dict[str, dict[int, Any]]:
+        """What policies that look at every layer first find, by policy and layer."""
+        surveyors = [run for run in runs if run.policy.surveys]
+        found: dict[str, dict[int, Any]] = {run.policy.spec: {} for run in surveyors}
+        for layer in layers if surveyors else ():
+            heads = self.heads(layer, request, num_layers)
+            for run in surveyors:
+                cuts = run.when.cuts(heads[0].tokens, heads[0].prompt_tokens)
+                found[run.policy.spec][layer] = run.policy.survey(heads, cuts)
+        return found
 
     def num_layers(self, model: int, recorded: list[int]) -> int:
         """Layers of the model that attend, also those that were not asked for."""
@@ -323,7 +347,9 @@ def as_held(data: LayerData, held: Holdings) -> LayerData:
     return replace(data, q=q, v=v, received=None if use is None else np.nan_to_num(use))
 
 
-def heads_of(data: LayerData, request: Request, num_layers: int) -> list[Head]:
+def heads_of(
+    data: LayerData, request: Request, num_layers: int, extra: Extra | None = None
+) -> list[Head]:
     """One layer of one request as KV heads.
 
     Raises
@@ -341,6 +367,7 @@ def heads_of(data: LayerData, request: Request, num_layers: int) -> list[Head]:
                 f"layer {spec.layer} of request {request.request} has {missing} rows without a "
                 f"usable {name}; all were expected; see the gaps in `kvtrace info`"
             )
+    extra = extra or Extra()
     group = spec.group_size
     slopes = None if spec.alibi_slopes is None else np.array(spec.alibi_slopes, np.float32)
     return [
@@ -348,22 +375,28 @@ def heads_of(data: LayerData, request: Request, num_layers: int) -> list[Head]:
             q=data.q[:, h * group : (h + 1) * group],
             k=np.ascontiguousarray(data.k[:, h]),
             v=None if data.v is None else np.ascontiguousarray(data.v[:, h]),
-            lse=None if data.lse is None else data.lse[:, h * group : (h + 1) * group],
+            lse=_columns(data.lse, h * group, group),
             scale=spec.scale,
             prompt_tokens=min(request.prompt_tokens, data.n),
             window=spec.sliding_window,
             softcap=spec.softcap,
             alibi_slopes=None if slopes is None else slopes[h * group : (h + 1) * group],
             has_sinks=spec.has_sinks,
-            received=None
-            if data.received is None
-            else data.received[:, h * group : (h + 1) * group],
+            received=_columns(data.received, h * group, group),
             layer=spec.layer,
             kv_head=number,
             num_layers=num_layers,
+            q_prerope=_columns(extra.q_prerope, h * group, group),
+            inv_freq=extra.inv_freq,
+            wo=None if extra.wo is None else extra.wo[h * group : (h + 1) * group],
+            score=None if extra.score is None else extra.score[:, h],
         )
         for h, number in enumerate(spec.kv_head_numbers)
     ]
+
+
+def _columns(values: NDArray[np.float32] | None, first: int, count: int) -> Any:
+    return None if values is None else values[:, first : first + count]
 
 
 def _last_cut(when: When, request: Request, tokens: int) -> int:

@@ -1,0 +1,150 @@
+"""Signals beyond q, k and v, read or derived once and only where a policy declares them.
+
+`q_prerope`: the queries before RoPE, imported or turned back from q; with them come the rotation
+frequencies. `wo`: the output projections. `score`: a score that was recorded with the tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace.model import Layer
+from kvtrace.trace import Trace
+
+Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
+
+EXTRA = ("q_prerope", "wo", "score")
+
+#: Families of transformers that rotate neighbouring dimensions instead of the two halves.
+INTERLEAVED = frozenset(
+    {"blt", "codegen", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "deepseek_v4"}
+    | {"ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4", "moonshine"}
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Extra:
+    """The declared signals of one layer of one request; None where not declared.
+
+    Attributes
+    ----------
+    q_prerope : float32 [token, query head, head_dim]
+        Queries before RoPE.
+    inv_freq : float64 [head_dim / 2]
+        Radians that RoPE turns (dimension i, i + head_dim / 2) by per position.
+    wo : float32 [query head, hidden, value_dim]
+        What a query head's output is multiplied by; the hidden sum over heads follows.
+    score : float32 [token, KV head]
+        Recorded score, higher = kept; NaN where a token has none.
+    """
+
+    q_prerope: Floats | None = None
+    inv_freq: Doubles | None = None
+    wo: Floats | None = None
+    score: Floats | None = None
+
+
+def missing(trace: Trace, layers: Sequence[Layer]) -> dict[str, str]:
+    """Return why a signal of `EXTRA` cannot be had, for those that cannot."""
+    found = {}
+    if "wo" not in trace.signals:
+        found["wo"] = "the trace lacks the output projections wo"
+    if "score" not in trace.signals:
+        found["score"] = "the trace lacks recorded scores (array score)"
+    if "q_prerope" not in trace.signals:
+        problem = next((p for p in (_turnable(trace, spec) for spec in layers) if p), None)
+        if problem:
+            found["q_prerope"] = f"the trace lacks the queries before RoPE, and {problem}"
+    return found
+
+
+def extra_signals(
+    trace: Trace, spec: Layer, request: int, q: Floats | None, wanted: frozenset[str]
+) -> Extra:
+    """Read or derive what is `wanted` of one layer; `missing` has been asked before."""
+    fields: dict[str, Any] = {}
+    if "q_prerope" in wanted and q is not None:
+        fields |= _prerope(trace, spec, request, q)
+    if "wo" in wanted:
+        fields["wo"] = _output_projections(trace, spec)
+    if "score" in wanted:
+        fields["score"] = trace.row_array("score", spec.layer, request)
+    return Extra(**fields)
+
+
+def rotate(vectors: NDArray[Any], positions: NDArray[Any], inv_freq: Doubles) -> Doubles:
+    """Turn `vectors` [token, ..., head_dim] by RoPE at `positions` [token]; negative turns back.
+
+    Dimensions i and i + head_dim / 2 are a pair, as in Llama.
+    """
+    angles = np.multiply.outer(positions.astype(np.float64), inv_freq)
+    angles = angles.reshape(len(angles), *[1] * (vectors.ndim - 2), -1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    first, second = np.split(vectors.astype(np.float64), 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def fitted_frequencies(q: Floats, q_prerope: Floats) -> Doubles:
+    """Radians per position that turn `q_prerope` [token, head, head_dim] into `q`.
+
+    The turn over ever longer distances, each told apart by the one before, so that rounding of
+    the inputs matters less and less.
+    """
+    after, before = (_complex(x).swapaxes(0, 1) for x in (q, q_prerope))
+    turned = (after * before.conj()).sum(axis=0)  # [token, pair]: |.| e^(i position inv_freq)
+    found = np.zeros(turned.shape[1])
+    lag = 1
+    while lag < len(turned):
+        turn = np.angle((turned[lag:] * turned[:-lag].conj()).sum(axis=0))
+        found += np.angle(np.exp(1j * (turn - found * lag))) / lag
+        lag *= 2
+    return found
+
+
+def _complex(x: Floats) -> NDArray[np.complex128]:
+    first, second = np.split(x.astype(np.float64), 2, axis=-1)
+    return np.asarray(first + 1j * second)
+
+
+def _prerope(trace: Trace, spec: Layer, request: int, q: Floats) -> dict[str, Any]:
+    if "q_prerope" in trace.signals:
+        before = trace.row_array("q_prerope", spec.layer, request)
+        return {"q_prerope": before, "inv_freq": fitted_frequencies(q, before)}
+    theta = spec.rope_theta
+    if theta is None:
+        raise ValueError("rope_theta is needed; `missing` says where it is not there")
+    inv_freq = theta ** -(np.arange(0, spec.head_dim, 2) / spec.head_dim)
+    before = rotate(q, -np.arange(len(q)), inv_freq).astype(np.float32)
+    return {"q_prerope": before, "inv_freq": inv_freq}
+
+
+def _turnable(trace: Trace, spec: Layer) -> str | None:
+    """Why q cannot be turned back by its position; None where it can."""
+    if spec.rope_theta is None:
+        return f"layer {spec.layer} has no rope_theta to turn them back by"
+    text = trace.table("models")["config"].to_pylist()[spec.model]
+    config = json.loads(text) if text else {}
+    config = config.get("text_config") or config
+    family = str(config.get("model_type", ""))
+    if family in INTERLEAVED:
+        return f"{family} rotates other pairs of dimensions"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        return f"its RoPE is scaled ({kind})"
+    if {**config, **rope}.get("partial_rotary_factor") not in (None, 1, 1.0):
+        return "only a part of the dimensions is rotated"
+    return None
+
+
+def _output_projections(trace: Trace, spec: Layer) -> Floats:
+    whole = np.asarray(trace.static("wo")[spec.layer], np.float32)  # [hidden, q_head * value_dim]
+    by_head = whole.reshape(len(whole), -1, spec.value_dim).transpose(1, 0, 2)
+    return np.ascontiguousarray(by_head[spec.q_head_numbers])
