@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,9 +33,23 @@ def cached_layers(trace: Trace, requests: Sequence[int]) -> list[Layer]:
     return [found[key] for key in sorted(found)]
 
 
+def model_kinds(trace: Trace) -> dict[int, int]:
+    """By model, the first one of the same name and layers: ranks of one program run one model."""
+    names = {row["model"]: row["name"] for row in trace.table("models").to_pylist()}
+    layers: dict[int, list[Layer]] = {model: [] for model in names}
+    for spec in trace.layers:
+        layers[spec.model].append(replace(spec, model=0, array_group=0, array_index=0))
+    found: dict[str, int] = {}
+    return {
+        model: found.setdefault(repr((names[model], specs)), model)
+        for model, specs in layers.items()
+    }
+
+
 def not_together(trace: Trace, requests: Sequence[int]) -> str | None:
     """Why some requests cannot be replayed into one result; None where they can."""
-    models = {one.request: one.model for one in trace.requests()}
+    kinds = model_kinds(trace)
+    models = {one.request: kinds[one.model] for one in trace.requests()}
     if len({models[request] for request in requests}) > 1:
         return "the requests are of several models"
     if not trace.table("forks").num_rows or not requests:

@@ -33,6 +33,11 @@ class RankArrays:
         self._store = index.store
 
     @property
+    def has_layers(self) -> bool:
+        """Whether the rank ran a model."""
+        return bool(self._index.layers)
+
+    @property
     def signals(self) -> frozenset[str]:
         """What was recorded for every row and layer: of q, k, v, lse, q_prerope, wo and more.
 
@@ -54,7 +59,7 @@ class RankArrays:
         InputError
             For a request the trace does not have.
         """
-        rows = self._index.request_rows(request)
+        rows = self._index.index(self._index.request_rows(request))
         prompt_tokens = self._index.prompt_tokens[request]
         # What is kept of a cross layer's keys is a matter of the encoder's request.
         specs = [spec for spec in self._index.layers_of(request) if not spec.is_cross]
@@ -68,7 +73,7 @@ class RankArrays:
         return Holdings(self._index.has_query[rows], min(prompt_tokens, len(rows)), kinds)
 
     def _stored(self, spec: Layer, last: int) -> frozenset[str]:
-        """Row arrays of a layer that hold everything up to the row `last`."""
+        """Row arrays of a layer that hold everything up to the index `last`."""
         thinned = {
             kind
             for (model, layer, kind), ends in self._thinned.items()
@@ -121,7 +126,7 @@ class RankArrays:
                 f"{self._index.path} was recorded without q, k or lse; attention needs all three;"
                 " record with --detail qk or qkv"
             )
-        known = self._index.has_query[index[row_at]]
+        known = self._index.has_query[self._index.index(index[row_at])]
         if len(row_at) and not known.any():
             raise InputError(
                 f"none of the {len(row_at)} rows asked for has its query in {self._index.path},"
@@ -147,11 +152,11 @@ class RankArrays:
 
     @cached_property
     def _thinned(self) -> dict[tuple[int, int, str], int]:
-        """First row that an array no longer holds, by model, layer and kind; complete ones not."""
+        """First index that an array does not hold, by model, layer and kind; complete ones not."""
         steps, rows = self._index.table("steps"), self._index.table("rows")
         models = dict(zip(steps["step"].to_pylist(), steps["model"].to_pylist(), strict=True))
         of_row = np.array([models.get(step, -1) for step in rows["step"].to_pylist()], np.int64)
-        ids = rows["row"].to_numpy()
+        ids = self._index.index(rows["row"].to_numpy())
         found: dict[tuple[int, int, str], int] = {}
         # An encoder's layers hold nothing of a decoder's rows, nor the other way round.
         decoders = [
@@ -172,9 +177,9 @@ class RankArrays:
                         found[spec.model, spec.layer, kind] = ends
         return found
 
-    def _is_held(self, kind: str, spec: Layer, row: int) -> bool:
+    def _is_held(self, kind: str, spec: Layer, index: int) -> bool:
         array = self._store.array(array_name(kind, spec.array_group))
-        return bool(np.isfinite(array.read(row, row + 1, spec.array_index)).all())
+        return bool(np.isfinite(array.read(index, index + 1, spec.array_index)).all())
 
     def _read(self, kind: str, spec: Layer, rows: Ids) -> Float | None:
         name = array_name(kind, spec.array_group)
@@ -183,10 +188,11 @@ class RankArrays:
         array = self._store.array(name)
         if not len(rows):
             return np.zeros((0, *array.shape[2:]), np.float32)
-        first, last = int(rows.min()), int(rows.max()) + 1
+        at = self._index.index(rows)
+        first, last = int(at.min()), int(at.max()) + 1
         values = array.read(first, last, spec.array_index)
-        if last - first != len(rows) or np.any(np.diff(rows) != 1):
-            values = values[rows - first]
+        if last - first != len(at) or np.any(np.diff(at) != 1):
+            values = values[at - first]
         return np.asarray(values, np.float32)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
 from kvtrace.model import Layer, Request, number_text
+from kvtrace.ranks import NUMBERS_PER_RANK
 from kvtrace.sequences import Fork, rows_by_request
 from kvtrace.store import StoreReader
 
@@ -27,13 +28,18 @@ class RankIndex:
     ----------
     path : pathlib.Path
         The trace, for what errors say.
+    rank : int
+        The rank's number.
     store : StoreReader
-        The rank's folder.
+        Its folder.
     """
 
-    def __init__(self, path: Path, store: StoreReader) -> None:
+    def __init__(self, path: Path, rank: int, store: StoreReader) -> None:
         self.path = path
+        self.rank = rank
         self.store = store
+        #: Number of the rank's first row.
+        self.first_row = rank * NUMBERS_PER_RANK
 
     @property
     def rows(self) -> int:
@@ -43,6 +49,10 @@ class RankIndex:
     def table(self, name: str) -> pa.Table:
         """A whole table of schema.sql, as the rank wrote it."""
         return self.store.table(name)
+
+    def index(self, rows: Ids) -> Ids:
+        """Index of some rows on axis 0 of the rank's arrays."""
+        return rows - self.first_row
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -70,15 +80,7 @@ class RankIndex:
         ]
 
     def tokens(self, request: int = 0) -> pa.Table:
-        """Tokens of a request by position: position, token_id, text, source.
-
-        Tokens that came by a fork are those of the rows it brought.
-
-        Raises
-        ------
-        InputError
-            For a request the trace does not have.
-        """
+        """Tokens of a request of this rank by position: position, token_id, text, source."""
         rows = self.request_rows(request)
         names = ["position", "token_id", "text", "source"]
         found = self.table("tokens")
@@ -89,36 +91,11 @@ class RankIndex:
         return found.select(names)
 
     def request_rows(self, request: int = 0) -> Ids:
-        """Row of each position of a request: int64 [token].
-
-        A position that was processed twice (after a crop) stands for its latest row; what a fork
-        brought (table `forks`) stands for the source's rows.
-
-        Raises
-        ------
-        InputError
-            For a request the trace does not have.
-        """
-        try:
-            return self.by_request[request]
-        except KeyError:
-            have = ", ".join(map(str, list(self.by_request)[:8])) or "none"
-            raise InputError(
-                f"request {request} was not found in {self.path}; the trace has {have}"
-            ) from None
+        """Row of each position of a request of this rank: int64 [token]."""
+        return self.by_request[request]
 
     def layers_of(self, request: int = 0) -> list[Layer]:
-        """Layers that a request ran through, in order.
-
-        In an encoder-decoder those of the encoder for the encoder's request; for the decoder's
-        its own layers and cross attention.
-
-        Raises
-        ------
-        InputError
-            For a request the trace does not have.
-        """
-        self.request_rows(request)
+        """Layers that a request of this rank ran through, in order."""
         model = self.models[request]
         found = [spec for spec in self.layers if spec.model == model]
         if model not in self.paired_models:
@@ -132,7 +109,7 @@ class RankIndex:
         Raises
         ------
         InputError
-            For a layer or request the trace does not have.
+            For a layer the request does not have.
         """
         source = self.encoders[request] if self.layer(layer, request).is_cross else None
         return request if source is None else source
@@ -143,7 +120,7 @@ class RankIndex:
         Raises
         ------
         InputError
-            For a layer or request the trace does not have.
+            For a layer the request does not have.
         """
         specs = {spec.layer: spec for spec in self.layers_of(request)}
         try:
@@ -184,10 +161,10 @@ class RankIndex:
 
     @cached_property
     def has_query(self) -> NDArray[np.bool_]:
-        """[row]: whether the row's q and lse were kept."""
+        """[index]: whether the row's q and lse were kept."""
         found = self.table("rows")
         held = np.zeros(self.rows, bool)
-        rows = found["row"].to_numpy()
+        rows = self.index(found["row"].to_numpy())
         inside = rows < self.rows
         held[rows[inside]] = found["has_query"].to_numpy()[inside]
         return held

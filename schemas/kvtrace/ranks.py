@@ -20,7 +20,7 @@ from kvtrace.manifest import Manifest, is_trace, read_manifest
 #: Numbers of rank r begin at r times this.
 NUMBERS_PER_RANK = 1_000_000_000
 #: Columns that number things over all ranks, in every table; and where only one table does.
-_NUMBERED = {"step", "request", "model", "encoder_request", "block", "parent"}
+_NUMBERED = {"row", "step", "request", "model", "encoder_request", "block", "parent"}
 _NUMBERED_IN = {("forks", "source")}
 
 Column = Sequence[Any] | NDArray[Any]
@@ -123,8 +123,8 @@ def check_new_path(path: Path, *, force: bool) -> None:
 def numbered(table: str, values: Mapping[str, Column], rank: int) -> Mapping[str, Column]:
     """Columns as they stand in the trace, from those of a rank that counts from 0.
 
-    `run` becomes the rank; numbers of steps, requests, models and blocks move into the rank's
-    own range, so that no two ranks ever give one number twice.
+    `run` becomes the rank; numbers of rows, steps, requests, models and blocks move into the
+    rank's own range, so that no two ranks ever give one number twice.
     """
     if rank == 0:
         return values

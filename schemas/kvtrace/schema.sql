@@ -16,7 +16,7 @@ COMMENT ON COLUMN runs.pid IS 'Process id of the recorded program.';
 COMMENT ON COLUMN runs.python IS 'Version of Python.';
 COMMENT ON COLUMN runs.torch IS 'Version of torch; null where none was used.';
 COMMENT ON COLUMN runs.transformers IS 'Version of transformers; null where none was used.';
-COMMENT ON COLUMN runs.run IS 'The rank of the recording process; numbers of steps, requests, models and blocks of rank r begin at r * 1,000,000,000.';
+COMMENT ON COLUMN runs.run IS 'The rank of the recording process; numbers of rows, steps, requests, models and blocks of rank r begin at r * 1,000,000,000.';
 COMMENT ON COLUMN runs.source IS 'recorded: taken from real inference; imported: from an outside file; synthetic: made up, for tests.';
 COMMENT ON COLUMN runs.detail IS 'What was asked for: events, summary, qk or qkv.';
 COMMENT ON COLUMN runs.selection IS 'Of that, what was asked for, as JSON: layers, heads (KV heads), queries, max_bytes; null where all.';
@@ -119,7 +119,7 @@ CREATE TABLE rows (
     row BIGINT, step BIGINT, request BIGINT, position INTEGER, has_query BOOLEAN
 );
 COMMENT ON TABLE rows IS 'One row per token processed: axis 0 of every array.';
-COMMENT ON COLUMN rows.row IS 'Its index on axis 0 of the arrays of its rank.';
+COMMENT ON COLUMN rows.row IS 'Row r * 1,000,000,000 + n is index n on axis 0 of the arrays of rank r.';
 COMMENT ON COLUMN rows.step IS 'The step that processed it.';
 COMMENT ON COLUMN rows.request IS 'The request it was processed for.';
 COMMENT ON COLUMN rows.position IS 'Index in the request from 0, padding not counted.';
@@ -163,6 +163,19 @@ COMMENT ON COLUMN gaps.step IS 'The first step concerned; null outside steps.';
 COMMENT ON COLUMN gaps.what IS 'What was lost or thinned: tokens, layer rows, lse, v values, ...';
 COMMENT ON COLUMN gaps.reason IS 'Why, in words.';
 COMMENT ON COLUMN gaps.count IS 'How many of what were lost.';
+
+CREATE TABLE clock_sync (
+    run INTEGER, event VARCHAR, wall_ns BIGINT, monotonic_ns BIGINT, spread_ns BIGINT,
+    wall_error_ns BIGINT, clock_id VARCHAR
+);
+COMMENT ON TABLE clock_sync IS 'Both clocks of each recording process, noted at its start, about every ten seconds, and at its end: what aligns the times of several processes.';
+COMMENT ON COLUMN clock_sync.run IS 'The rank that noted them.';
+COMMENT ON COLUMN clock_sync.event IS 'start, commit or close.';
+COMMENT ON COLUMN clock_sync.wall_ns IS 'The wall clock, by which all other times of the rank are.';
+COMMENT ON COLUMN clock_sync.monotonic_ns IS 'The monotonic clock at that moment; one for all processes of one host.';
+COMMENT ON COLUMN clock_sync.spread_ns IS 'How long reading both took: the two are of one moment to within this.';
+COMMENT ON COLUMN clock_sync.wall_error_ns IS 'How far the wall clock may be off by the kernel''s own bound; null where no time service disciplines it.';
+COMMENT ON COLUMN clock_sync.clock_id IS 'What tells one monotonic clock from another (boot and time namespace); null where the system does not say.';
 
 CREATE TABLE verifications (
     model BIGINT, layer INTEGER, rows INTEGER, max_error DOUBLE, mean_error DOUBLE
@@ -228,6 +241,15 @@ COMMENT ON COLUMN replay_steps.evictions IS 'Slots evicted at this row.';
 COMMENT ON COLUMN replay_steps.position IS 'Position of the query token.';
 COMMENT ON COLUMN replay_steps.held IS '(token, layer, KV head) slots held after the row''s cut.';
 
+CREATE TABLE replay_ranks (
+    replay VARCHAR, rank INTEGER, first_index BIGINT, rows BIGINT
+);
+COMMENT ON TABLE replay_ranks IS 'Where the rows of each rank stand on axis 0 of a replay''s evicted_at: rank after rank, as many as there were when it was made.';
+COMMENT ON COLUMN replay_ranks.replay IS 'Name of the folder under replays/.';
+COMMENT ON COLUMN replay_ranks.rank IS 'The recording process; see runs.run.';
+COMMENT ON COLUMN replay_ranks.first_index IS 'Index of the rank''s first row.';
+COMMENT ON COLUMN replay_ranks.rows IS 'Rows that the rank had.';
+
 CREATE TABLE replay_heads (
     replay VARCHAR, layer INTEGER, kv_head INTEGER, mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
     hits BIGINT, misses BIGINT, evictions BIGINT, output_error DOUBLE, ties BIGINT
@@ -244,33 +266,3 @@ COMMENT ON COLUMN replay_heads.misses IS 'Needed and evicted pairs.';
 COMMENT ON COLUMN replay_heads.evictions IS 'Slots evicted.';
 COMMENT ON COLUMN replay_heads.output_error IS 'Mean relative error of its outputs; null without v.';
 COMMENT ON COLUMN replay_heads.ties IS 'Cuts whose margin was 0.';
-
-CREATE TABLE replay_regrets (
-    replay VARCHAR, request BIGINT, layer INTEGER, kv_head INTEGER, q_head INTEGER,
-    position INTEGER, evicted_at INTEGER, regret DOUBLE, misses BIGINT
-);
-COMMENT ON TABLE replay_regrets IS 'Per evicted token and query head: the attention later paid to it. Sums to the lost mass. Only for replays asked with --regret, or opened on the viewer''s regret page.';
-COMMENT ON COLUMN replay_regrets.replay IS 'The replay.';
-COMMENT ON COLUMN replay_regrets.request IS 'The request.';
-COMMENT ON COLUMN replay_regrets.layer IS 'The layer.';
-COMMENT ON COLUMN replay_regrets.kv_head IS 'The KV head that evicted it, by the model''s number.';
-COMMENT ON COLUMN replay_regrets.q_head IS 'The query head that wanted it, by the model''s number.';
-COMMENT ON COLUMN replay_regrets.position IS 'Position of the evicted token.';
-COMMENT ON COLUMN replay_regrets.evicted_at IS 'Position of the query after whose row it was evicted.';
-COMMENT ON COLUMN replay_regrets.regret IS 'Attention of the full cache that later queries of the head pay to it, summed.';
-COMMENT ON COLUMN replay_regrets.misses IS 'Later queries of the head that needed it: attention at or above the threshold of being needed.';
-
-CREATE TABLE replay_wants (
-    replay VARCHAR, request BIGINT, layer INTEGER, q_head INTEGER, position INTEGER,
-    query INTEGER, attention DOUBLE, row BIGINT, query_row BIGINT
-);
-COMMENT ON TABLE replay_wants IS 'Per evicted token and query head: the queries that needed it most, at most four.';
-COMMENT ON COLUMN replay_wants.replay IS 'The replay.';
-COMMENT ON COLUMN replay_wants.request IS 'The request.';
-COMMENT ON COLUMN replay_wants.layer IS 'The layer.';
-COMMENT ON COLUMN replay_wants.q_head IS 'The query head that needed it, by the model''s number.';
-COMMENT ON COLUMN replay_wants.position IS 'Position of the evicted token.';
-COMMENT ON COLUMN replay_wants.query IS 'Position of the query that needed it.';
-COMMENT ON COLUMN replay_wants.attention IS 'What the query pays to it in the full cache.';
-COMMENT ON COLUMN replay_wants.row IS 'The row of the evicted token.';
-COMMENT ON COLUMN replay_wants.query_row IS 'The row of the query.';

@@ -10,13 +10,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from kvtrace import database, sql, tables
+from kvtrace.clocks import RankClock, rank_clocks
 from kvtrace.errors import InputError, TraceError
 from kvtrace.holdings import Holdings, joined
 from kvtrace.layout import REPLAYS
 from kvtrace.manifest import Manifest, is_trace, read_manifest
 from kvtrace.model import Layer, LayerData, Request
+from kvtrace.places import RowPlaces
 from kvtrace.rank_arrays import Float, RankArrays
 from kvtrace.rank_index import Ids, RankIndex
+from kvtrace.ranks import NUMBERS_PER_RANK
 from kvtrace.store import StoreReader
 from kvtrace.writer import directory_bytes
 
@@ -24,13 +27,15 @@ from kvtrace.writer import directory_bytes
 class Trace:
     """A trace, finished, in progress, or cut off; reads what was committed.
 
+    What several processes recorded is read as one: tables hold the rows of all, and numbers of
+    requests, rows, steps, models and blocks tell whose they are (see `kvtrace.ranks`).
+
     Parameters
     ----------
     path : path-like
         The trace directory.
     rank : int, optional
-        The recording process whose rows, tables and arrays are read; default: the lowest.
-        `sql`, `status` and `bytes` are about all of them.
+        Read only what this process recorded; `sql`, `bytes` and replays are still about all.
 
     Raises
     ------
@@ -52,16 +57,16 @@ class Trace:
                 f"{self.path} holds no rank; a recording was expected;"
                 " it was killed before it wrote anything: record again"
             )
-        self.rank = min(self._stores) if rank is None else rank
-        if self.rank not in self._stores:
+        if rank is not None and rank not in self._stores:
             have = ", ".join(map(str, self.ranks))
             raise TraceError(f"rank {rank} was not found in {self.path}; it has {have}")
-        self._store = self._stores[self.rank]
+        self._rank = rank
         self._open()
 
     def _open(self) -> None:
-        self._index = RankIndex(self.path, self._store)
-        self._arrays = RankArrays(self._index)
+        chosen = self.ranks if self._rank is None else [self._rank]
+        self._indexes = {rank: RankIndex(self.path, rank, self._stores[rank]) for rank in chosen}
+        self._arrays = {rank: RankArrays(index) for rank, index in self._indexes.items()}
 
     def __repr__(self) -> str:
         return f"<Trace {self.path} {self.status}, {self.rows} rows>"
@@ -82,18 +87,13 @@ class Trace:
 
         Of several processes: complete when all are, recording while any is.
         """
-        found = [_status(store) for store in self._stores.values()]
+        found = [_status(index.store) for index in self._indexes.values()]
         return next((state for state in ("recording", "cut off") if state in found), "complete")
 
     @property
-    def rank_status(self) -> str:
-        """The same of the rank alone."""
-        return _status(self._store)
-
-    @property
     def rows(self) -> int:
-        """Tokens that the rank processed, over all requests: length of axis 0 of its arrays."""
-        return self._index.rows
+        """Tokens processed, over all requests and ranks."""
+        return self.places().rows
 
     @property
     def bytes(self) -> int:
@@ -111,11 +111,12 @@ class Trace:
         self._open()
 
     def table(self, name: str) -> pa.Table:
-        """A whole table of schema.sql, as the rank wrote it; replays' tables hold them all."""
+        """A whole table of schema.sql: rank after rank, each as it was written."""
         if name in tables.REPLAY_TABLES:
-            parts = [store.table(name) for store in database.replay_parts(self.path)]
-            return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
-        return self._index.table(name)
+            parts = [store.table(name) for store in database.replay_stores(self.path)]
+        else:
+            parts = [index.table(name) for index in self._indexes.values()]
+        return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
 
     def sql(self, query: str, **limits: Any) -> pa.Table:
         """Run one reading SQL statement over all ranks; see `kvtrace.sql.query` for limits."""
@@ -124,8 +125,8 @@ class Trace:
 
     @property
     def layers(self) -> list[Layer]:
-        """Attention layers, in order."""
-        return self._index.layers
+        """Attention layers, in order; those of every model, and of every rank that ran it."""
+        return [layer for index in self._indexes.values() for layer in index.layers]
 
     @property
     def signals(self) -> frozenset[str]:
@@ -133,12 +134,13 @@ class Trace:
 
         `received` is in it where some prompt has it; see `holdings` for one request.
         """
-        return self._arrays.signals
+        found = [one.signals for one in self._arrays.values() if one.has_layers]
+        return frozenset.intersection(*found) if found else frozenset()
 
     @property
     def selection(self) -> dict[str, Any]:
-        """What was asked for: layers, heads, queries, max_bytes; empty where not said."""
-        return self._index.selection
+        """What the first rank was asked for: layers, heads, queries, max_bytes; or nothing."""
+        return next(iter(self._indexes.values())).selection
 
     @property
     def queries(self) -> str:
@@ -153,11 +155,11 @@ class Trace:
         InputError
             For a request the trace does not have.
         """
-        return self._arrays.holdings(request)
+        return self._arrays[self._rank_of(request)].holdings(request)
 
     def requests(self) -> list[Request]:
-        """Sequences, in order of their start; only those with committed tokens."""
-        return self._index.requests()
+        """Sequences, rank after rank in order of their start; only those with committed tokens."""
+        return [request for index in self._indexes.values() for request in index.requests()]
 
     def tokens(self, request: int = 0) -> pa.Table:
         """Tokens of a request by position: position, token_id, text, source.
@@ -169,7 +171,7 @@ class Trace:
         InputError
             For a request the trace does not have.
         """
-        return self._index.tokens(request)
+        return self._indexes[self._rank_of(request)].tokens(request)
 
     def request_rows(self, request: int = 0) -> Ids:
         """Row of each position of a request: int64 [token].
@@ -182,7 +184,7 @@ class Trace:
         InputError
             For a request the trace does not have.
         """
-        return self._index.request_rows(request)
+        return self._indexes[self._rank_of(request)].request_rows(request)
 
     def layers_of(self, request: int = 0) -> list[Layer]:
         """Layers that a request ran through, in order.
@@ -195,7 +197,7 @@ class Trace:
         InputError
             For a request the trace does not have.
         """
-        return self._index.layers_of(request)
+        return self._indexes[self._rank_of(request)].layers_of(request)
 
     def key_request(self, layer: int, request: int = 0) -> int:
         """The request whose tokens are a layer's keys: the encoder's in a cross layer.
@@ -205,19 +207,23 @@ class Trace:
         InputError
             For a layer or request the trace does not have.
         """
-        return self._index.key_request(layer, request)
+        return self._indexes[self._rank_of(request)].key_request(layer, request)
 
     def layer_data(self, layer: int, request: int = 0) -> LayerData:
         """q, k, v, lse and received of one layer of one request, as float32."""
-        return self._arrays.layer_data(layer, request)
+        return self._arrays[self._rank_of(request)].layer_data(layer, request)
 
     def row_array(self, kind: str, layer: int, request: int = 0) -> Float:
         """One kind of row array (`q_prerope`, say) of one layer, by position, as float32."""
-        return self._arrays.row_array(kind, layer, request)
+        return self._arrays[self._rank_of(request)].row_array(kind, layer, request)
 
-    def static(self, name: str) -> NDArray[Any]:
-        """An array without a row axis, such as `wo [layer, hidden, q_head*head_dim]`."""
-        return self._arrays.static(name)
+    def static(self, name: str, request: int | None = None) -> NDArray[Any]:
+        """An array without a row axis, such as `wo [layer, hidden, q_head*head_dim]`.
+
+        That of the rank which recorded `request`, by default of the first.
+        """
+        rank = next(iter(self._arrays)) if request is None else self._rank_of(request)
+        return self._arrays[rank].static(name)
 
     def attention(
         self,
@@ -250,7 +256,7 @@ class Trace:
             For a layer, head or position the trace does not have, a trace without q and k, and
             rows of which none has its query.
         """
-        return self._arrays.attention(layer, head, rows, keys, request)
+        return self._arrays[self._rank_of(request)].attention(layer, head, rows, keys, request)
 
     def replays(self) -> pa.Table:
         """Stored replay results: table `replays`, oldest first."""
@@ -263,6 +269,34 @@ class Trace:
             have = ", ".join(sorted(known)) or "none"
             raise InputError(f"replay {name!r} was not found in {self.path}; it has {have}")
         return known[name]
+
+    def clocks(self) -> dict[int, RankClock]:
+        """How the times of each rank are put on the clock of the first."""
+        notes = [store.table("clock_sync") for store in self._stores.values()]
+        return rank_clocks(pa.concat_tables(notes), self.ranks)
+
+    def places(self) -> RowPlaces:
+        """Where rows stand in an array over all ranks, as many as they have now."""
+        return RowPlaces({rank: index.rows for rank, index in self._indexes.items()})
+
+    def replay_places(self, name: str) -> RowPlaces:
+        """Where rows stand on axis 0 of a result's `evicted_at`."""
+        store = self.replay(name)
+        found = store.table("replay_ranks")
+        # Older results are of the first rank, and do not say so.
+        counts = dict(zip(found["rank"].to_pylist(), found["rows"].to_pylist(), strict=True))
+        return RowPlaces(counts or {min(self._stores): store.rows})
+
+    def _rank_of(self, request: int) -> int:
+        rank = request // NUMBERS_PER_RANK
+        index = self._indexes.get(rank)
+        if index is None or request not in index.by_request:
+            have = [number for index in self._indexes.values() for number in index.by_request]
+            raise InputError(
+                f"request {request} was not found in {self.path};"
+                f" the trace has {', '.join(map(str, have[:8])) or 'none'}"
+            )
+        return rank
 
     def replay_directory(self) -> Path:
         """Where replay results of this trace belong."""
@@ -277,7 +311,7 @@ def open_trace(path: str | os.PathLike[str], rank: int | None = None) -> Trace:
     path : path-like
         The trace directory.
     rank : int, optional
-        The recording process to read, where there are several; default: the lowest.
+        Read only what this process recorded; default: all.
 
     Raises
     ------

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kvtrace import database
 from kvtrace.arrays import RowArrayReader
+from kvtrace.clocks import ClockNotes
 from kvtrace.errors import InputError
 from kvtrace.layout import DETAIL_ARRAYS, QUERY_ARRAYS, array_name, rank_directory
 from kvtrace.manifest import Manifest
@@ -90,8 +91,8 @@ class _Lane:
 class TraceWriter:
     """Writes one process's part of a trace. Not thread-safe: one thread owns it.
 
-    Numbers of steps, requests, models and blocks are given to it as the process counts them, from
-    0; in the trace those of rank r begin at r * 1,000,000,000.
+    Numbers of rows, steps, requests, models and blocks are given to it as the process counts them,
+    from 0; in the trace those of rank r begin at r * 1,000,000,000.
 
     Parameters
     ----------
@@ -170,6 +171,9 @@ class TraceWriter:
         self._store = StoreWriter(self.path / rank_directory(self.rank))
         run = _run_row(now, source, command, detail, dtype, versions or {}, selection)
         self.append("runs", {**run, "pid": [pid or os.getpid()]})
+        # Imported times are of another clock.
+        self._clocks = ClockNotes() if source == "recorded" else None
+        self._note_clocks("start")
         self.rows = 0
 
     def add_model(self, *, config: Mapping[str, Any] | None = None, **columns: Any) -> int:
@@ -329,6 +333,8 @@ class TraceWriter:
         """Make everything appended so far visible; False in the middle of a step (nothing done)."""
         if self._awaited:
             return False
+        if self._clocks is not None and self._clocks.due:
+            self._note_clocks("commit")
         self._pad_lanes()
         self._store.commit(self.rows)
         return True
@@ -341,6 +347,7 @@ class TraceWriter:
         self._finish_step("the recording ended in the middle of a step")
         for kind, count in self._overflow.items():
             self.add_gap(f"{kind} values", count, NARROWED)
+        self._note_clocks("close")
         self._pad_lanes()
         self._store.commit(self.rows)
         self._store.close(complete=complete)
@@ -357,6 +364,10 @@ class TraceWriter:
         traceback: TracebackType | None,
     ) -> None:
         self.close(complete=error is None)
+
+    def _note_clocks(self, event: str) -> None:
+        if self._clocks is not None:
+            self.append("clock_sync", self._clocks.row(event))
 
     def _declare(self, kind: str, group: int) -> None:
         specs = self._group_specs[group]

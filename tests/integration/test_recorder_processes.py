@@ -51,12 +51,16 @@ def check(folder: Path, expected: dict[int, int]) -> kvtrace.Trace:
     assert (trace.ranks, trace.status) == (sorted(expected), "complete")
     for rank, rows in expected.items():
         part = kvtrace.open(trace.path, rank)
-        assert (part.rows, part.rank_status) == (rows, "complete")
+        assert (part.rows, part.status) == (rows, "complete")
         (request,) = part.requests()
         first = rank * 1_000_000_000
         assert (request.request, request.model, request.tokens) == (first, first, rows)
         assert part.attention(1, 3, request=first).sum(axis=1) == pytest.approx(1, abs=1e-2)
         assert part.table("runs")["run"].to_pylist() == [rank]
+        # The whole trace has what the rank has.
+        whole = trace.attention(1, 3, request=first)
+        assert whole.tolist() == part.attention(1, 3, request=first).tolist()
+        assert trace.tokens(first).equals(part.tokens(first))
     found = trace.sql(
         "select runs.run, count(distinct steps.step) as steps, min(steps.step) as first,"
         " count(rows.row) as rows from runs join steps using (run) join rows using (step)"
@@ -67,6 +71,8 @@ def check(folder: Path, expected: dict[int, int]) -> kvtrace.Trace:
         for rank, rows in sorted(expected.items())
     ]
     assert trace.table("gaps").num_rows == 0
+    assert (trace.rows, len(trace.requests())) == (sum(expected.values()), len(expected))
+    assert trace.sql("select count(distinct row) n from tokens")["n"].to_pylist() == [trace.rows]
     return trace
 
 
@@ -158,8 +164,8 @@ def test_a_forked_child_of_a_recorded_process_has_a_rank_of_its_own(end: str, fo
     trace = kvtrace.open(folder / "run.kvtrace")
     assert trace.ranks == [0, 1]
     child, parent = (kvtrace.open(trace.path, rank) for rank in (0, 1))
-    assert (parent.rows, parent.rank_status) == (6, "complete")
-    assert child.rank_status == ("complete" if "sys" in end else "cut off")
+    assert (parent.rows, parent.status) == (6, "complete")
+    assert child.status == ("complete" if "sys" in end else "cut off")
     assert child.rows == 5 or "sys" not in end
 
 

@@ -25,9 +25,8 @@ def summary(path: Path, opened: Path | None = None) -> str:
         trace = kvtrace.open(opened or path)
     except TraceError:
         return f"kvtrace: nothing was recorded: no transformers model ran ({path} was not made)"
-    ranks = [kvtrace.open(trace.path, rank) for rank in trace.ranks]
-    rows, requests = sum(r.rows for r in ranks), sum(len(r.requests()) for r in ranks)
-    shown = f" by {len(ranks)} processes" if len(ranks) > 1 else ""
+    rows, requests = trace.rows, len(trace.requests())
+    shown = f" by {len(trace.ranks)} processes" if len(trace.ranks) > 1 else ""
     if not rows and (events := _count(trace, "kv_events")):
         return _of_events(trace, path, events)
     if not rows:

@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 import kvtrace
+from kvtrace.cached import model_kinds
 from kvtrace.console import console, human_bytes
 from kvtrace.model import number_text
 
@@ -38,8 +39,7 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
     """Everything `info` says, as plain values."""
     models = trace.table("models").to_pylist()
     runs = trace.table("runs").to_pylist()
-    # Totals are of all ranks; models, layers and what can be replayed are of the one opened.
-    ranks = [kvtrace.open(trace.path, rank) for rank in trace.ranks]
+    kinds = model_kinds(trace)
     return {
         "path": str(trace.path),
         "format_version": trace.manifest.format_version,
@@ -50,12 +50,17 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "created_ns": trace.manifest.created_ns,
         "detail": runs[0]["detail"] if runs else None,
         "dtype": runs[0]["dtype"] if runs else None,
-        "models": [{key: row[key] for key in row if key != "config"} for row in models],
-        "layers": len(trace.layers),
-        "rows": sum(rank.rows for rank in ranks),
-        "ranks": [{"rank": r.rank, "rows": r.rows, "status": r.rank_status} for r in ranks],
-        "requests": sum(len(rank.requests()) for rank in ranks),
-        "steps": sum(rank.table("steps").num_rows for rank in ranks),
+        # A model that several ranks ran counts once.
+        "models": [
+            {key: row[key] for key in row if key != "config"}
+            for row in models
+            if kinds[row["model"]] == row["model"]
+        ],
+        "layers": sum(kinds[layer.model] == layer.model for layer in trace.layers),
+        "rows": trace.rows,
+        "ranks": _ranks(trace),
+        "requests": len(trace.requests()),
+        "steps": trace.table("steps").num_rows,
         # A served trace has millions of these: counted, not read.
         **trace.sql(
             "select (select count(*) from kv_events) kv_events,"
@@ -67,10 +72,25 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "queries": trace.queries,
         "selection": trace.selection,
         "verified": trace.table("verifications").to_pylist(),
-        "gaps": [gap for rank in ranks for gap in rank.table("gaps").to_pylist()],
+        "gaps": trace.table("gaps").to_pylist(),
         "replays": trace.replays()["replay"].to_pylist(),
         "replayable": _replayable(trace),
     }
+
+
+def _ranks(trace: kvtrace.Trace) -> list[dict[str, Any]]:
+    clocks = trace.clocks()
+    parts = {rank: kvtrace.open(trace.path, rank) for rank in trace.ranks}
+    return [
+        {
+            "rank": rank,
+            "rows": part.rows,
+            "status": part.status,
+            "clock": clocks[rank].basis,
+            "clock_uncertainty_ns": clocks[rank].uncertainty_ns,
+        }
+        for rank, part in parts.items()
+    ]
 
 
 def _replayable(trace: kvtrace.Trace) -> list[dict[str, Any]]:
@@ -102,7 +122,8 @@ def _show(found: dict[str, Any]) -> None:
     )
     if len(found["ranks"]) > 1:
         for rank in found["ranks"]:
-            out.print(f"rank      {rank['rank']}: {rank['rows']} rows, {rank['status']}")
+            rows = f"{rank['rows']} rows, {rank['status']}"
+            out.print(f"rank      {rank['rank']}: {rows}; {_clock(rank)}")
     if found["kv_events"]:
         # Caches that are not made of blocks have events too.
         blocks = f" of {found['blocks']:,} blocks" if found["blocks"] else ""
@@ -127,6 +148,15 @@ def _show(found: dict[str, Any]) -> None:
     for row in found["replayable"]:
         table.add_row(row["policy"], row["replay"], row["exactness"], row["reason"])
     out.print(table)
+
+
+def _clock(rank: dict[str, Any]) -> str:
+    if rank["clock"] == "reference":
+        return "its clock is the trace's"
+    error = rank["clock_uncertainty_ns"]
+    known = "nobody knows how far off" if error is None else f"to within {error / 1e6:.3g} ms"
+    shared = "the host's monotonic clock" if rank["clock"] == "monotonic" else "wall clocks alone"
+    return f"times aligned by {shared}, {known}"
 
 
 def _selected(found: dict[str, Any]) -> str:

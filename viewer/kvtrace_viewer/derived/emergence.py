@@ -48,7 +48,6 @@ def by_training_step(trace: Trace) -> pa.Table:
     found: dict[tuple[int, int, int], list[list[float]]] = {}
     models = {request.request: request.model for request in trace.requests()}
     for row in trace.sql(_SQL).to_pylist():
-        # Of a trace of several processes the rank that was opened.
         for layer in (x for x in trace.layers if x.model == models.get(row["request"])):
             data = trace.layer_data(layer.layer, row["request"])
             for head in layer.q_head_numbers:

@@ -52,11 +52,12 @@ def evicted_at(
     -------
     int32 [token]: position of the query token after whose row the key was evicted, -1 = never.
     """
-    rows = trace.request_rows(request)
+    opened = open_replay(trace, replay)
+    rows = trace.replay_places(replay).of(trace.request_rows(request))
     if rows.size == 0:
         return np.empty(0, np.int32)
     first, stop = int(rows.min()), int(rows.max()) + 1
-    stored = open_replay(trace, replay).array("evicted_at").read(first, stop, lane=layer)
+    stored = opened.array("evicted_at").read(first, stop, lane=layer)
     column: NDArray[np.int32] = np.asarray(stored, np.int32)[rows - first, kv_head]
     return column
 

@@ -8,6 +8,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from kvtrace.cached import model_kinds
 from kvtrace.errors import KvtraceError
 from kvtrace.trace import Trace
 from kvtrace_viewer.library import TraceEntry, TraceLibrary
@@ -30,9 +31,13 @@ def _summary(entry: TraceEntry) -> dict[str, Any]:
 
 def _facts(trace: Trace) -> dict[str, Any]:
     requests = trace.requests()
-    models = trace.table("models").to_pylist()
+    kinds = model_kinds(trace)
+    # A model that several processes ran counts once.
+    models = [
+        row for row in trace.table("models").to_pylist() if kinds[row["model"]] == row["model"]
+    ]
     run: dict[str, Any] = next(iter(trace.table("runs").to_pylist()), {})
-    layers = trace.layers
+    layers = [layer for layer in trace.layers if kinds[layer.model] == layer.model]
     started_ns = run.get("started_ns") or min((r.started_ns for r in requests), default=0)
     return {
         "status": trace.status,

@@ -116,7 +116,7 @@ def layers_held(held: Sequence[Holdings], *kinds: str) -> list[int]:
 def layers_replayed(trace: Trace, requests: Sequence[int]) -> list[int]:
     """Layers that a replay of some requests covers: those whose keys the trace holds whole."""
     if "k" in trace.signals:
-        return [layer.layer for layer in trace.layers]
+        return sorted({layer.layer for layer in trace.layers})
     return layers_held([trace.holdings(request) for request in requests])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
+from kvtrace.places import RowPlaces
 
 Columns = Mapping[str, Any]
 """Equally long columns of a table of schema.sql."""
@@ -22,7 +23,7 @@ class ReplayedRequest:
     Attributes
     ----------
     rows : int64 [token]
-        The trace row of each position.
+        The index of each position on axis 0 of `evicted_at`.
     last_cut : int
         Row of the last decision; the last row where there was none.
     """
@@ -65,6 +66,8 @@ class Result:
         Most mass that any policy can retain under this budget; the oracle's only.
     notes : tuple of str
         What a reader should know, such as a budget below the policy's protection.
+    places : RowPlaces
+        Where the trace's rows stand on axis 0 of `evicted_at`.
     evicted_at : int32 [row, layer, kv_head]
         Position of the query after whose row a slot was evicted (or left the model's own
         sliding window); -1: never. -1 too for rows, layers and heads that were not replayed.
@@ -92,6 +95,7 @@ class Result:
     ties: int
     bound: float | None
     notes: tuple[str, ...]
+    places: RowPlaces = field(repr=False)
     evicted_at: NDArray[np.int32] = field(repr=False)
     steps: Columns = field(repr=False)
     heads: Columns = field(repr=False)

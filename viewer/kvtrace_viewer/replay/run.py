@@ -176,12 +176,13 @@ class _Work:
             if layer.layer in self.layers
         }
         heads = 1 + max(max(numbers) for numbers in self.kv_heads.values())
-        shape = (self.trace.rows, max(self.kv_heads) + 1, heads)
+        self.places = self.trace.places()
+        shape = (self.places.rows, max(self.kv_heads) + 1, heads)
         self.evicted_at = np.full((len(self.pairs), *shape), -1, dtype=np.int32)
 
     def add(self, request: Request, pool: Executor, of: int) -> None:
         """Replay one request; `of` are the tokens of all."""
-        rows = self.trace.request_rows(request.request)
+        rows = self.places.of(self.trace.request_rows(request.request))
         self.replayed[request.request] = (request, rows)
         steps = StepTotals.zeros(len(self.pairs), len(rows))
         self.steps[request.request] = steps
@@ -226,7 +227,8 @@ class _Work:
         """Layers of the model that attend, also those that were not asked for."""
         if self.trace.selection.get("layers") is None:
             return len(recorded)
-        count = self.trace.table("models")["num_layers"].to_pylist()[model]
+        models = self.trace.table("models").to_pylist()
+        count = next(row["num_layers"] for row in models if row["model"] == model)
         return max(count or 0, recorded[-1] + 1)
 
     def _collect(self, head: HeadReplay, rows: NDArray[np.int64], steps: StepTotals) -> None:
@@ -267,6 +269,7 @@ class _Work:
             bound=bound / masses if masses and np.isfinite(bound) else None,
             notes=self._notes(pair),
             evicted_at=self.evicted_at[p],
+            places=self.places,
             steps=self._steps(p),
             heads=self._heads(p),
             requests={

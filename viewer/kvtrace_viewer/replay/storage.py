@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvtrace.places import RowPlaces
 from kvtrace.store import StoreWriter, publish
 from kvtrace_viewer.replay.result import Result
 
@@ -23,6 +24,7 @@ def store_result(result: Result, directory: Path) -> None:
     aside = directory / f".{result.id}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     writer = StoreWriter(aside)
+    places = result.places
     _, layers, kv_heads = result.evicted_at.shape
     writer.declare_array(
         "evicted_at", tail=(layers, kv_heads), dtype="int32", axes="row,layer,kv_head"
@@ -33,8 +35,17 @@ def store_result(result: Result, directory: Path) -> None:
     for table, columns in (("replay_steps", result.steps), ("replay_heads", result.heads)):
         length = len(next(iter(columns.values())))
         writer.append(table, {"replay": np.full(length, result.id), **columns})
+    writer.append("replay_ranks", {"replay": [result.id] * len(places.counts), **_ranks(places)})
     writer.close()
     publish(aside, directory / result.id)
+
+
+def _ranks(places: RowPlaces) -> dict[str, list[int]]:
+    return {
+        "rank": list(places.counts),
+        "first_index": list(places.first.values()),
+        "rows": list(places.counts.values()),
+    }
 
 
 def _row(result: Result) -> dict[str, list[object]]:
