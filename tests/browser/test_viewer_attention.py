@@ -65,7 +65,8 @@ def test_what_was_not_kept_is_said_and_not_drawn(
         model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     some = kvtrace.open(path)
     heads = some.layers[0].q_head_numbers
-    show(browser, serve(tmp_path), "&layer=1&head=0&pool=max")
+    # The address has the model's own numbers, whatever was left out.
+    show(browser, serve(tmp_path), f"&layer=3&head={heads[0]}&pool=max")
     browser.until("document.getElementById('attention-status').textContent.includes('last=4')")
     assert browser.find("#attention-layer").get_attribute("value") == "3"
     assert browser.find("#attention-head").get_attribute("value") == str(heads[0])
@@ -75,7 +76,7 @@ def test_what_was_not_kept_is_said_and_not_drawn(
     )
     last = len(some.request_rows()) - 1
     browser.js("document.getElementById('attention-map').focus()")
-    show(browser, serve(tmp_path), "&layer=1&head=0")
+    show(browser, serve(tmp_path), f"&layer=3&head={heads[0]}")
     told = browser.data("#attention-readout")
     assert int(told["row"]) == last
     want = some.attention(3, heads[0], rows=np.array([last]))[0, int(told["key"])]

@@ -57,7 +57,7 @@ window.kv = window.kv || {};
         const query = { ...chosen, scale };
         const before = visit.shown;
         visit.shown = { query, info, layer, pool };
-        kv.setQuery({ ...chosen, layer: layerIndex, head: headIndex, scale, pool });
+        kv.setQuery({ ...chosen, scale, pool });
         visit.wall.show({ trace: config.trace, request, scale }, info, pool,
             { layer: info.layers.indexOf(layer), head: headIndex });
         note(info);

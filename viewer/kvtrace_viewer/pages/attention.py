@@ -30,9 +30,9 @@ from kvtrace_viewer.pages.common import (
     choose_request,
     numbered,
     one_of,
+    place_of,
     request_options,
     with_trace,
-    within,
 )
 
 PATH = "/attention"
@@ -115,8 +115,8 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
         },
         "view": {name: query.get(name) for name in ("x", "y", "span")},
     }
-    layer_index = within(query.get("layer"), len(layers))
-    head = within(query.get("head"), len(head_numbers))
+    layer_index = place_of(query.get("layer"), [layer.layer for layer in layers])
+    head = place_of(query.get("head"), head_numbers)
     return [
         toolbar(
             requests,

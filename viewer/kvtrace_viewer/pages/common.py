@@ -83,13 +83,10 @@ def numbered(numbers: Sequence[int]) -> list[dict[str, str]]:
     return [{"value": str(at), "label": str(number)} for at, number in enumerate(numbers)]
 
 
-def within(text: Any, count: int, fallback: int = 0) -> int:
-    """A number below `count` from a URL; the fallback where it is none."""
-    try:
-        number = int(text)
-    except (TypeError, ValueError):
-        return fallback
-    return number if 0 <= number < count else fallback
+def place_of(text: Any, numbers: Sequence[int]) -> int:
+    """Place of a layer or head in a drop-down, by its number from a URL; the first's if absent."""
+    written = [str(number) for number in numbers]
+    return written.index(text) if text in written else 0
 
 
 def one_of(text: str | None, choices: tuple[str, ...], fallback: str) -> str:
