@@ -34,8 +34,20 @@ def _journals(trace: Path) -> list[Path]:
 
 def replay_stores(trace: Path) -> list[StoreReader]:
     """The stores of the replays, by name; one that is being written is not there yet."""
-    found = sorted(trace.glob(f"{REPLAYS}/[!.]*/{JOURNAL}"))
+    return [StoreReader(path.parent) for path in sorted(_replay_journals(trace))]
+
+
+def replay_parts(trace: Path) -> list[StoreReader]:
+    """The stores of the replays, and of what was found out about each afterwards.
+
+    That lies in folders inside the replay's own, so that it goes where the replay is replaced.
+    """
+    found = sorted([*_replay_journals(trace), *trace.glob(f"{REPLAYS}/[!.]*/[!.]*/{JOURNAL}")])
     return [StoreReader(path.parent) for path in found]
+
+
+def _replay_journals(trace: Path) -> list[Path]:
+    return list(trace.glob(f"{REPLAYS}/[!.]*/{JOURNAL}"))
 
 
 def build(trace: Path) -> None:
@@ -56,6 +68,7 @@ def build(trace: Path) -> None:
         for name, files in _segments(trace).items():
             if files:
                 connection.execute(f"insert into {name} by name {_scan(files)}")
+        connection.execute(tables.views())
     # Dated by what it was made from, not by when: what came during the build makes it stale.
     os.utime(temporary, ns=(made_from, made_from))
     temporary.replace(final)
@@ -70,8 +83,9 @@ def is_fresh(trace: Path) -> bool:
 
 
 def _changed_ns(trace: Path) -> int:
-    """When the recording or the set of its replays last changed."""
-    sources = [trace / REPLAYS, *_journals(trace)]
+    """When the recording, the set of its replays, or what is known of one last changed."""
+    replays = [path.parent for path in _replay_journals(trace)]
+    sources = [trace / REPLAYS, *replays, *_journals(trace)]
     return max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)
 
 
@@ -82,10 +96,11 @@ def create_views(connection: duckdb.DuckDBPyConnection, trace: Path) -> None:
             connection.execute(f"create view {name} as {_scan(files)}")
         else:
             connection.execute(_create_empty(name))
+    connection.execute(tables.views())
 
 
 def _segments(trace: Path) -> dict[str, list[Path]]:
-    ranks, replays = stores_by_rank(trace).values(), replay_stores(trace)
+    ranks, replays = stores_by_rank(trace).values(), replay_parts(trace)
     return {
         name: [
             path

@@ -266,3 +266,33 @@ COMMENT ON COLUMN replay_heads.misses IS 'Needed and evicted pairs.';
 COMMENT ON COLUMN replay_heads.evictions IS 'Slots evicted.';
 COMMENT ON COLUMN replay_heads.output_error IS 'Mean relative error of its outputs; null without v.';
 COMMENT ON COLUMN replay_heads.ties IS 'Cuts whose margin was 0.';
+
+CREATE TABLE replay_regrets (
+    replay VARCHAR, request BIGINT, layer INTEGER, kv_head INTEGER, q_head INTEGER,
+    position INTEGER, evicted_at INTEGER, regret DOUBLE, misses BIGINT
+);
+COMMENT ON TABLE replay_regrets IS 'Per evicted token and query head: the attention later paid to it. Sums to the lost mass. Only for replays asked with --regret, or opened on the viewer''s regret page.';
+COMMENT ON COLUMN replay_regrets.replay IS 'The replay.';
+COMMENT ON COLUMN replay_regrets.request IS 'The request.';
+COMMENT ON COLUMN replay_regrets.layer IS 'The layer.';
+COMMENT ON COLUMN replay_regrets.kv_head IS 'The KV head that evicted it, by the model''s number.';
+COMMENT ON COLUMN replay_regrets.q_head IS 'The query head that wanted it, by the model''s number.';
+COMMENT ON COLUMN replay_regrets.position IS 'Position of the evicted token.';
+COMMENT ON COLUMN replay_regrets.evicted_at IS 'Position of the query after whose row it was evicted.';
+COMMENT ON COLUMN replay_regrets.regret IS 'Attention of the full cache that later queries of the head pay to it, summed.';
+COMMENT ON COLUMN replay_regrets.misses IS 'Later queries of the head that needed it: attention at or above the threshold of being needed.';
+
+CREATE TABLE replay_wants (
+    replay VARCHAR, request BIGINT, layer INTEGER, q_head INTEGER, position INTEGER,
+    query INTEGER, attention DOUBLE, row BIGINT, query_row BIGINT
+);
+COMMENT ON TABLE replay_wants IS 'Per evicted token and query head: the queries that needed it most, at most four.';
+COMMENT ON COLUMN replay_wants.replay IS 'The replay.';
+COMMENT ON COLUMN replay_wants.request IS 'The request.';
+COMMENT ON COLUMN replay_wants.layer IS 'The layer.';
+COMMENT ON COLUMN replay_wants.q_head IS 'The query head that needed it, by the model''s number.';
+COMMENT ON COLUMN replay_wants.position IS 'Position of the evicted token.';
+COMMENT ON COLUMN replay_wants.query IS 'Position of the query that needed it.';
+COMMENT ON COLUMN replay_wants.attention IS 'What the query pays to it in the full cache.';
+COMMENT ON COLUMN replay_wants.row IS 'The row of the evicted token.';
+COMMENT ON COLUMN replay_wants.query_row IS 'The row of the query.';

@@ -11,8 +11,15 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-#: Tables that a replay result writes; all others belong to the recording.
-REPLAY_TABLES = ("replays", "replay_steps", "replay_heads", "replay_ranks")
+#: Tables of replay results and of what was found out about them; all others are the recording's.
+REPLAY_TABLES = (
+    "replays",
+    "replay_steps",
+    "replay_heads",
+    "replay_ranks",
+    "replay_regrets",
+    "replay_wants",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,12 @@ class ColumnInfo:
 def ddl() -> str:
     """Text of schema.sql."""
     return files("kvtrace").joinpath("schema.sql").read_text(encoding="utf-8")
+
+
+@cache
+def views() -> str:
+    """Text of views.sql, to be run where the tables are."""
+    return files("kvtrace").joinpath("views.sql").read_text(encoding="utf-8")
 
 
 @cache

@@ -113,7 +113,7 @@ class Trace:
     def table(self, name: str) -> pa.Table:
         """A whole table of schema.sql: rank after rank, each as it was written."""
         if name in tables.REPLAY_TABLES:
-            parts = [store.table(name) for store in database.replay_stores(self.path)]
+            parts = [store.table(name) for store in database.replay_parts(self.path)]
         else:
             parts = [index.table(name) for index in self._indexes.values()]
         return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()

@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 import kvtrace
 from kvtrace.console import console, progress
 from kvtrace.errors import InputError
+from kvtrace_viewer.commands.wanted import show_wanted
 
 if TYPE_CHECKING:
     from kvtrace_viewer.replay import Result
@@ -63,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the positions kept after the last decision, by layer and KV head, as JSON",
     )
     parser.add_argument(
+        "--regret",
+        action="store_true",
+        help="also find who later wanted what was evicted: tables replay_regrets and replay_wants,"
+        " view evicted_but_needed",
+    )
+    parser.add_argument(
         "--no-store", action="store_true", help="do not keep the results beside the trace"
     )
     parser.epilog = "policies:\n" + _policies()
@@ -78,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
             f"--kept writes one request's sets; {len(args.request or trace.requests())} requests "
             "would be replayed; add --request N"
         )
+    if args.regret and args.no_store:
+        raise InputError(
+            "--regret and --no-store were given; regrets are kept with their replay; give one"
+        )
     with progress("replaying") as tell:
         results = replay(
             trace,
@@ -88,13 +99,32 @@ def run(args: argparse.Namespace) -> int:
             store=not args.no_store,
             progress=tell,
         )
+    wanted = _regrets(trace, results) if args.regret else {}
     if args.kept:
         _write_kept(results, args.kept)
     if args.json:
-        print(json.dumps([result.to_json() for result in results], indent=1))
+        found = [result.to_json() | wanted.get(result.id, {}) for result in results]
+        print(json.dumps(found, indent=1))
     else:
         _show(results, args)
+        show_wanted(wanted)
     return 0
+
+
+def _regrets(trace: kvtrace.Trace, results: list[Result]) -> dict[str, dict[str, Any]]:
+    """Find and keep who wanted what was evicted: `regret` and `wanted`, by result."""
+    from kvtrace_viewer.derived.wanted import wanted_tokens
+    from kvtrace_viewer.replay.regret import compute_regrets, store_regrets
+
+    with progress("finding regrets") as tell:
+        evicted_at = {result.id: result.evicted_at for result in results}
+        found = compute_regrets(trace, evicted_at, progress=tell)
+    for name, regrets in found.items():
+        store_regrets(trace, name, regrets)
+    return {
+        name: {"regret": regrets.total, "wanted": wanted_tokens(trace, name)}
+        for name, regrets in found.items()
+    }
 
 
 def _policies() -> str:
