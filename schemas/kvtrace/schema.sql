@@ -68,7 +68,8 @@ COMMENT ON COLUMN layers.position_bias IS 'Per query head, added to the scaled s
 
 CREATE TABLE requests (
     request BIGINT, run INTEGER, model BIGINT, external_id VARCHAR, batch_index INTEGER,
-    prompt_tokens INTEGER, started_ns BIGINT, encoder_request BIGINT
+    prompt_tokens INTEGER, started_ns BIGINT, encoder_request BIGINT, output_tokens INTEGER,
+    block_size INTEGER, namespace VARCHAR
 );
 COMMENT ON TABLE requests IS 'One row per sequence: a batch of four is four requests.';
 COMMENT ON COLUMN requests.request IS 'Its number.';
@@ -79,6 +80,10 @@ COMMENT ON COLUMN requests.started_ns IS 'When its first step began.';
 COMMENT ON COLUMN requests.external_id IS 'The serving API''s id, of imported events the session; null where there is none.';
 COMMENT ON COLUMN requests.prompt_tokens IS 'Tokens of the prompt, padding not counted.';
 COMMENT ON COLUMN requests.encoder_request IS 'The request whose tokens the cross attention reads; null without.';
+COMMENT ON COLUMN requests.started_ns IS 'When it came; of an imported workload on the clock of its source, which often begins at 0.';
+COMMENT ON COLUMN requests.output_tokens IS 'Tokens that were generated, of an imported workload; null otherwise.';
+COMMENT ON COLUMN requests.block_size IS 'Tokens of a full block, of an imported workload; null otherwise.';
+COMMENT ON COLUMN requests.namespace IS 'Where the request''s block hashes are valid (a conversation, a model); null where everywhere.';
 
 CREATE TABLE forks (
     row BIGINT, request BIGINT, source BIGINT, tokens INTEGER
@@ -153,6 +158,15 @@ COMMENT ON COLUMN blocks.hash IS 'The source''s own hash, as hexadecimal or deci
 COMMENT ON COLUMN blocks.parent IS 'The block before it in the sequence; null for the first.';
 COMMENT ON COLUMN blocks.block_size IS 'Tokens that a full block holds.';
 COMMENT ON COLUMN blocks.details IS 'What else the source said (LoRA, cache group, keys beside the tokens), as JSON.';
+
+CREATE TABLE block_accesses (
+    request BIGINT, block_index INTEGER, content BIGINT, tokens INTEGER, is_output BOOLEAN
+);
+COMMENT ON TABLE block_accesses IS 'The blocks that each request of an imported workload asks for, in the order of the requests and of the tokens in them.';
+COMMENT ON COLUMN block_accesses.block_index IS 'Index of the block in the request''s sequence.';
+COMMENT ON COLUMN block_accesses.content IS 'What the block holds: accesses of one number may share one block. The source''s own id, or 64 bits of a hash of it where that is no such number or not valid everywhere.';
+COMMENT ON COLUMN block_accesses.tokens IS 'Tokens in the block; fewer than requests.block_size in a last block that is not full.';
+COMMENT ON COLUMN block_accesses.is_output IS 'Whether the block holds nothing but generated tokens.';
 
 CREATE TABLE gaps (
     ts_ns BIGINT, step BIGINT, what VARCHAR, count BIGINT, reason VARCHAR

@@ -29,6 +29,8 @@ def summary(path: Path, opened: Path | None = None) -> str:
     shown = f" by {len(trace.ranks)} processes" if len(trace.ranks) > 1 else ""
     if not rows and (events := _count(trace, "kv_events")):
         return _of_events(trace, path, events)
+    if not rows and (accesses := _count(trace, "block_accesses")):
+        return _of_workload(trace, path, accesses)
     if not rows:
         return f"kvtrace: nothing was recorded: {path} holds no rows and no KV events"
     return (
@@ -44,6 +46,14 @@ def _of_events(trace: Trace, path: Path, events: int) -> str:
         f"kvtrace: {events:,} KV events of {_count(trace, 'blocks'):,} blocks in {path}"
         f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
         f' kvtrace sql {path} "{question}"'
+    )
+
+
+def _of_workload(trace: Trace, path: Path, accesses: int) -> str:
+    return (
+        f"kvtrace: {accesses:,} block accesses of {_count(trace, 'requests'):,} requests in {path}"
+        f" ({human_bytes(trace.bytes)}, {trace.status}); next:"
+        f" kvtrace blocks {path} --policy lru --policy belady --capacity 10000"
     )
 
 

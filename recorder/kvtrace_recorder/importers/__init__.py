@@ -10,4 +10,8 @@ from __future__ import annotations
 FORMATS = {
     "qkv-npz": "kvtrace_recorder.importers.qkv_npz",
     "kv-events": "kvtrace_recorder.importers.kv_events",
+    "mooncake": "kvtrace_recorder.importers.workloads.mooncake",
+    "weka": "kvtrace_recorder.importers.workloads.weka",
+    "lmcache": "kvtrace_recorder.importers.workloads.lmcache",
+    "qwen-bailian": "kvtrace_recorder.importers.workloads.qwen_bailian",
 }

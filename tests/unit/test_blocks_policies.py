@@ -1,0 +1,139 @@
+"""Block policies: an independent simulator's hit counts, naive twins, and what must always hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.reference import block_caches as naive
+
+import kvtrace
+import kvtrace.cli
+import kvtrace_viewer.blocks.policies as shipped
+from kvtrace_viewer.blocks import POLICIES, BlockStream, read_stream, replay_blocks
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+#: Published by others, so no part of this project; beside it where its data is kept.
+_BESIDE = (
+    Path(__file__).parents[3].joinpath("shared", "data", "mooncake", "conversation_trace.jsonl")
+)
+MOONCAKE = Path(os.environ.get("KVTRACE_MOONCAKE", _BESIDE))
+OURS = {"Sieve": "sieve", "TwoQ": "two_q", "LRUK": "lru_k", "LengthAware": "length_aware"}
+#: Equal to the integer; the others may be half a point of the hit ratio off.
+EXACT = {"LRU", "FIFO", "LFU", "Sieve", "Clock", "Belady", "ARC", "TwoQ", "LRUK", "LengthAware"}
+
+Make = Callable[[int, Sequence[int]], naive.Cache]
+TWINS: dict[str, Make] = {
+    "lru": lambda capacity, blocks: naive.LRU(capacity),
+    "fifo": lambda capacity, blocks: naive.FIFO(capacity),
+    "clock": lambda capacity, blocks: naive.Clock(capacity),
+    "lfu": lambda capacity, blocks: naive.LFU(capacity),
+    "sieve": lambda capacity, blocks: naive.Sieve(capacity),
+    "s3fifo": lambda capacity, blocks: naive.S3FIFO(capacity),
+    "arc": lambda capacity, blocks: naive.ARC(capacity),
+    "two_q": lambda capacity, blocks: naive.TwoQ(capacity),
+    "slru": lambda capacity, blocks: naive.SLRU(capacity),
+    "lirs": lambda capacity, blocks: naive.LIRS(capacity),
+    "lru_k": lambda capacity, blocks: naive.LRUK(capacity),
+    "length_aware": lambda capacity, blocks: naive.LengthAware(
+        capacity, [i % 5 for i in range(len(blocks))]
+    ),
+    "belady": naive.Belady,
+}
+
+
+def stream_of(blocks: Sequence[int], length: int = 5) -> BlockStream:
+    """A synthetic stream: requests of `length` blocks each."""
+    found, ids = np.unique(np.array(blocks, np.int64), return_inverse=True)
+    count = len(ids)
+    return BlockStream(
+        blocks=ids.astype(np.int32),
+        starts=np.array([*range(0, count, length), count]),
+        tokens=np.full(count, 16, np.int32),
+        is_output=np.zeros(count, np.bool_),
+        arrival_ns=np.arange(-(-count // length)),
+        prompt_tokens=np.full(-(-count // length), 16 * length),
+        block_size=16,
+        num_blocks=len(found),
+    )
+
+
+def imported(source: Path, folder: Path) -> BlockStream:
+    out = folder / "a.kvtrace"
+    assert kvtrace.cli.main(["import", "mooncake", str(source), "--out", str(out)]) == 0
+    return read_stream(kvtrace.open(out))
+
+
+def check(stream: BlockStream, reference: Path) -> None:
+    rows = json.loads(reference.read_text())["rows"]
+    ours = {name: OURS.get(name, name.lower()) for name in {row["policy"] for row in rows}}
+    for row in rows:
+        if ours[row["policy"]] not in POLICIES:
+            continue
+        (found,) = replay_blocks(stream, [ours[row["policy"]]], [row["capacity"]])
+        room = 0 if row["policy"] in EXACT else 0.005 * row["requests"]
+        assert found.accesses == row["requests"]
+        assert abs(found.hits - row["hits"]) <= room, (row, found.hits)
+
+
+def test_hits_on_our_sessions_are_the_independent_simulators(tmp_path: Path) -> None:
+    stream = imported(REFERENCE / "sessions_a.jsonl", tmp_path)
+    check(stream, REFERENCE / "block_hits_sessions_a.json")
+
+
+@pytest.mark.skipif(
+    not MOONCAKE.exists(), reason="no Mooncake trace (KVTRACE_MOONCAKE; docs/blocks.md says where)"
+)
+def test_hits_on_mooncake_are_the_independent_simulators(tmp_path: Path) -> None:
+    stream = imported(MOONCAKE, tmp_path)
+    check(stream, REFERENCE / "block_hits.json")
+    for capacity in (1000, 10_000, 30_000, 100_000):
+        same = replay_blocks(stream, ["lfu", "sieve", "lru_k"], [capacity])
+        # All three evict the oldest block that was used once.
+        assert len({result.hits for result in same}) == 1
+        (best,) = replay_blocks(stream, ["belady"], [capacity])
+        for result in replay_blocks(stream, list(POLICIES), [capacity]):
+            assert result.hits <= best.hits
+
+
+def test_every_policy_file_is_registered() -> None:
+    files = {path.stem for path in Path(shipped.__path__[0]).glob("*.py")} - {"__init__"}
+    assert files == {kind.__module__.rpartition(".")[2] for kind in POLICIES.values()}
+    assert list(POLICIES) == [kind.name for kind in POLICIES.values()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.lists(st.integers(0, 12), min_size=1, max_size=120),
+    capacity=st.integers(1, 14),
+)
+def test_every_policy_does_what_its_naive_twin_does(blocks: list[int], capacity: int) -> None:
+    stream = stream_of(blocks)
+    for name, make in TWINS.items():
+        twin = make(capacity, stream.blocks.tolist())
+        expected = [twin.access(block) for block in stream.blocks.tolist()]
+        found = POLICIES[name]().run(stream, capacity)
+        assert found.hits.astype(bool).tolist() == expected, name
+        assert found.evictions == twin.evictions, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.lists(st.integers(0, 30), min_size=1, max_size=300),
+    capacity=st.integers(1, 32),
+)
+def test_what_holds_for_every_policy(blocks: list[int], capacity: int) -> None:
+    stream = stream_of(blocks)
+    (best,) = replay_blocks(stream, ["belady"], [capacity])
+    for result in replay_blocks(stream, list(POLICIES), [capacity]):
+        assert result.hits <= best.hits, result.policy
+        assert result.hits <= stream.accesses - stream.num_blocks, result.policy
+        # Every miss brings a block, and at most `capacity` of them are left.
+        misses = result.accesses - result.hits
+        assert misses - capacity <= result.evictions <= misses, result.policy

@@ -1,0 +1,28 @@
+"""Block caches: a workload's block stream through policies and capacities. Headless.
+
+>>> from kvtrace_viewer.blocks import read_stream, replay_blocks
+>>> replay_blocks(read_stream(kvtrace.open("run.kvtrace")), ["lru"], [1000])    # doctest: +SKIP
+"""
+
+from kvtrace_viewer.blocks.accounting import Accounting
+from kvtrace_viewer.blocks.policies import POLICIES
+from kvtrace_viewer.blocks.policy import BlockPolicy, Outcome, parameter
+from kvtrace_viewer.blocks.result import BlockResult
+from kvtrace_viewer.blocks.run import replay_blocks
+from kvtrace_viewer.blocks.sources import read_stream
+from kvtrace_viewer.blocks.spec import parse_block_policy
+from kvtrace_viewer.blocks.stream import BlockStream, dense_ids
+
+__all__ = [
+    "POLICIES",
+    "Accounting",
+    "BlockPolicy",
+    "BlockResult",
+    "BlockStream",
+    "Outcome",
+    "dense_ids",
+    "parameter",
+    "parse_block_policy",
+    "read_stream",
+    "replay_blocks",
+]

@@ -1,0 +1,80 @@
+"""What counts as an access and as a hit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtrace.errors import InputError
+from kvtrace_viewer.blocks.policy import HIT, UNREAD, Hits
+from kvtrace_viewer.blocks.stream import BlockStream, Counts
+from kvtrace_viewer.replay.jit import jit
+
+#: By mode: what each value means, for help texts.
+MODES: dict[str, dict[str, str]] = {
+    "hits": {
+        "block": "every block that is there",
+        "prefix": "those before a request's first miss, as a prefix cache can use them",
+    },
+    "blocks": {
+        "all": "every block",
+        "full": "only full blocks; others are not asked for and take no place",
+    },
+    "unit": {"block": "blocks", "token": "the tokens in them"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accounting:
+    """How hits are counted; part of every result."""
+
+    hits: str = "block"
+    blocks: str = "all"
+    unit: str = "block"
+
+    def __post_init__(self) -> None:
+        for mode, values in MODES.items():
+            found = getattr(self, mode)
+            if found not in values:
+                raise InputError(
+                    f"accounting {mode}={found} is unknown; one of {', '.join(values)} was"
+                    " expected; kvtrace blocks --help explains them"
+                )
+
+    def count(self, stream: BlockStream, found: Hits) -> tuple[int, int]:
+        """Accesses and hits, in the unit, of what became of each access."""
+        if self.hits == "prefix":
+            found = before_first_miss(found, stream.starts)
+        weights = stream.tokens if self.unit == "token" else np.ones(1, np.int32)
+        return _sum(found, weights)
+
+    def to_json(self) -> dict[str, str]:
+        """The modes, by name."""
+        return {mode: getattr(self, mode) for mode in MODES}
+
+
+def _sum(found: Hits, weights: NDArray[np.int32]) -> tuple[int, int]:
+    if len(weights) == 1:
+        counts = np.bincount(found, minlength=3)
+        return int(len(found) - counts[UNREAD]), int(counts[HIT])
+    tokens = np.bincount(found, weights, minlength=3)
+    return round(tokens.sum() - tokens[UNREAD]), round(tokens[HIT])
+
+
+def before_first_miss(found: Hits, starts: Counts) -> Hits:
+    """The same with every hit behind a request's first miss made a miss."""
+    kept = found.copy()
+    _cut(kept, starts)
+    return kept
+
+
+@jit
+def _cut(found: Hits, starts: Counts) -> None:
+    for r in range(len(starts) - 1):
+        missed = False
+        for i in range(starts[r], starts[r + 1]):
+            missed |= found[i] == 0
+            if missed and found[i] == 1:
+                found[i] = 0

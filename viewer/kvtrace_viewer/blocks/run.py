@@ -1,0 +1,89 @@
+"""`replay_blocks`: a block stream through policies and capacities."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from kvtrace.errors import InputError
+from kvtrace_viewer.blocks.accounting import Accounting
+from kvtrace_viewer.blocks.policy import BlockPolicy
+from kvtrace_viewer.blocks.result import BlockResult
+from kvtrace_viewer.blocks.spec import parse_block_policy
+from kvtrace_viewer.blocks.stream import BlockStream
+
+
+def replay_blocks(
+    stream: BlockStream,
+    policies: Sequence[str | BlockPolicy],
+    capacities: Sequence[int],
+    accounting: Accounting | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[BlockResult]:
+    """Run a stream through every policy at every capacity, in parallel.
+
+    Parameters
+    ----------
+    stream : BlockStream
+        From `read_stream`, or made by hand.
+    policies : sequence of str or BlockPolicy
+        `name[:key=value,...]`, or policy objects.
+    capacities : sequence of int
+        Blocks that the cache holds.
+    accounting : Accounting, optional
+        What counts; by default every hit of every block, by block.
+    progress : callable, optional
+        Told the share done, 0 to 1.
+
+    Returns
+    -------
+    list of BlockResult
+        Policy by policy, each at every capacity; a pair given twice counts once.
+
+    Raises
+    ------
+    InputError
+        For an unknown policy, parameter or accounting, and a capacity below 1.
+
+    Examples
+    --------
+    >>> replay_blocks(stream, ["lru", "s3fifo:small=0.2"], [1000, 10000])      # doctest: +SKIP
+    """
+    chosen = {policy.spec: policy for policy in map(parse_block_policy, policies)}
+    for capacity in capacities:
+        if capacity < 1:
+            raise InputError(
+                f"capacity {capacity} holds no block; a number of blocks of at least 1 was"
+                " expected; give another --capacity"
+            )
+    accounting = accounting or Accounting()
+    if accounting.blocks == "full":
+        stream = stream.full_blocks()
+    pairs = [(policy, size) for policy in chosen.values() for size in dict.fromkeys(capacities)]
+    results = []
+    # The kernels let the GIL go.
+    with ThreadPoolExecutor(min(len(pairs) or 1, os.cpu_count() or 1)) as pool:
+        for result in pool.map(lambda pair: _run(stream, pair[0], pair[1], accounting), pairs):
+            results.append(result)
+            if progress:
+                progress(len(results) / len(pairs))
+    return results
+
+
+def _run(
+    stream: BlockStream, policy: BlockPolicy, capacity: int, accounting: Accounting
+) -> BlockResult:
+    outcome = policy.run(stream, capacity)
+    accesses, hits = accounting.count(stream, outcome.hits)
+    return BlockResult(
+        policy=policy.spec,
+        parameters=policy.parameters(),
+        capacity=capacity,
+        requests=stream.requests,
+        accesses=accesses,
+        hits=hits,
+        evictions=outcome.evictions,
+        accounting=accounting,
+        notes=(*stream.notes, *outcome.notes),
+    )

@@ -1,0 +1,73 @@
+"""Block policies as users write them: `name[:key=value,...]`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from kvtrace.errors import InputError
+from kvtrace_viewer.blocks.policies import POLICIES
+from kvtrace_viewer.blocks.policy import BlockPolicy
+
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def parse_block_policy(text: str | BlockPolicy) -> BlockPolicy:
+    """Make a policy from `name[:key=value,...]`.
+
+    Raises
+    ------
+    InputError
+        For an unknown name (the nearest are named), an unknown parameter or a value it cannot
+        take (what the policy takes is said).
+    """
+    if isinstance(text, BlockPolicy):
+        return text
+    name, _, rest = text.partition(":")
+    kind = POLICIES.get(name)
+    if kind is None:
+        near = difflib.get_close_matches(name, POLICIES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "kvtrace blocks --help lists them"
+        raise InputError(
+            f"block policy {name!r} is unknown; expected one of {', '.join(POLICIES)}; {hint}"
+        )
+    values: dict[str, Any] = {}
+    known = {f.name: f for f in fields(kind)}
+    hints = get_type_hints(kind)
+    for item in rest.split(",") if rest else []:
+        key, equals, value = item.partition("=")
+        if key not in known or not equals or key in values:
+            raise InputError(
+                f"block policy {text!r} has {item!r}; expected each parameter once, as key=value;"
+                f" {name} takes {describe(kind) or 'none'}"
+            )
+        values[key] = _value(text, kind, key, value, hints[key], known[key].metadata["least"])
+    return kind(**values)
+
+
+def describe(kind: type[BlockPolicy]) -> str:
+    """What a policy takes, with units and defaults, on one line."""
+    return ", ".join(f"{f.name} ({f.metadata['unit']}, default {f.default})" for f in fields(kind))
+
+
+def idea(kind: type[BlockPolicy]) -> str:
+    """The first line of a policy's docstring."""
+    return (kind.__doc__ or "").strip().partition("\n")[0]
+
+
+def _value(
+    text: str, kind: type[BlockPolicy], key: str, value: str, hint: Any, least: float | None
+) -> Any:
+    try:
+        found = {"true": True, "false": False}[value] if hint is bool else hint(value)
+    except (KeyError, ValueError):
+        found = None
+    # NaN is below nothing, and infinity is no share.
+    if found is None or (least is not None and not least <= found < float("inf")):
+        bound = "" if least is None else f" of at least {least:g}"
+        raise InputError(
+            f"block policy {text!r} has {key}={value}; expected {_WANTED[hint]}{bound};"
+            f" {kind.name} takes {describe(kind)}"
+        )
+    return found
