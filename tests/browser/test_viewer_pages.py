@@ -137,6 +137,8 @@ def test_picking_a_trace_shows_it_on_the_same_page(browser: Browser, address: st
 def test_going_back_restores_the_view_that_was_left(browser: Browser, address: str) -> None:
     browser.open(f"{address}/attention?trace=run.kvtrace&layer=2&head=3&x=10&y=30&span=20")
     browser.until(READY["/attention"])
+    # The page writes its whole state into the address a moment after it has drawn.
+    browser.until("location.search.includes('pool=')")
     left = browser.query()
     browser.js("document.querySelector('.kv-brand').click()")
     browser.until(READY["/"])

@@ -39,6 +39,12 @@ def forever():
 Start = Callable[..., subprocess.Popen[str]]
 
 
+def heed_signals() -> None:
+    """Undo what `nohup` and a shell's `&` leave to every child: signals that are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start `kvtrace record` on PROGRAM; nothing outlives the test."""
@@ -57,6 +63,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
+                preexec_fn=heed_signals,
             )
         )
         return running[-1]
