@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+from kvtrace.console import human_bytes
 from kvtrace.errors import TraceError
 from kvtrace_recorder.messages import Message, ModelInfo, StepBatch, Vocabulary
 from kvtrace_recorder.progress import ProgressLine
@@ -246,7 +247,15 @@ class Pipeline:
                 if answer.value is not None:
                     self._fail(answer.value)
             self._changed.notify_all()
-        self._progress.show(self.status.rows, self.status.nbytes, self._bytes)
+        self._show()
+
+    def _show(self) -> None:
+        status = self.status
+        if self._progress.is_enabled and status.rows:
+            self._progress.show(
+                f"kvtrace: {status.rows:,} tokens, {human_bytes(status.nbytes)},"
+                f" {human_bytes(self._bytes)} queued"
+            )
 
     def _fail(self, reason: str) -> None:
         with self._changed:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from kvtrace.console import human_bytes
-
 
 class ProgressLine:
     """Rewrites one line in place; silent unless enabled."""
 
     def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
+        self.is_enabled = enabled
         self._shown = ""
 
-    def show(self, tokens: int, written: int, queued: int) -> None:
-        """Show tokens and bytes recorded, and bytes that wait for the writer."""
-        if not self._enabled or not tokens:
-            return
-        line = f"kvtrace: {tokens:,} tokens, {human_bytes(written)}, {human_bytes(queued)} queued"
-        if line != self._shown:
+    def show(self, line: str) -> None:
+        """Show this instead of what stands there."""
+        if self.is_enabled and line != self._shown:
             sys.stderr.write(f"\r{line}\x1b[K")
             sys.stderr.flush()
             self._shown = line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,7 @@ _COMMON = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
 
 
 def build(family: str, kernel: str = "sdpa", layers: int = 2, seed: int = 7) -> Any:
@@ -171,6 +165,7 @@ def test_assisted_decoding_is_two_models_in_one_trace(family: str, tmp_path: Pat
     check_attention(trace, assistant, by_model[1 - deep])
 
 
+@pytest.mark.writer_process
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_beams_are_followed(family: str, padded: bool, tmp_path: Path) -> None:
@@ -242,6 +237,7 @@ def test_a_change_that_cannot_be_followed_is_a_gap(tmp_path: Path) -> None:
     assert kvtrace.open(tmp_path / "a.kvtrace").requests()[0].tokens == 6
 
 
+@pytest.mark.writer_process
 def test_a_request_goes_on_after_a_crop_by_hand(tmp_path: Path) -> None:
     model = build("gpt2")
     ids = prompts(length=10)

@@ -20,14 +20,14 @@ TOKENS = 17
 IDS = torch.randint(3, 90, (2, TOKENS), generator=torch.Generator().manual_seed(2))
 
 
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-    torch.set_num_threads(threads)
 
 
 class Counting:
@@ -168,6 +168,7 @@ class Plain(torch.nn.Module):
         return F.scaled_dot_product_attention(3 * q, k, v, is_causal=True)
 
 
+@pytest.mark.writer_process
 def test_a_plain_model_compiled_is_recorded(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model, x = Plain(), torch.randn(2, 9, 16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,7 @@ NEW = 7
 ENCODER, DECODER, CROSS = (0, 1, 2), (3, 4), (5, 6)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
 
 
 def build(kind: Any = BartForConditionalGeneration, kernel: str = "sdpa") -> Any:
@@ -157,6 +151,7 @@ def test_generation_is_recorded_whole(kernel: str, kind: Any, named: bool, tmp_p
     assert trace.signals >= {"q", "k", "v", "lse"}
 
 
+@pytest.mark.writer_process
 def test_rows_hold_what_is_theirs(tmp_path: Path) -> None:
     model = build()
     _, trace = recorded(tmp_path / "a.kvtrace", model, lambda: generate(model, *texts()))
@@ -334,6 +329,7 @@ def test_a_bias_that_nothing_explains_is_a_gap(tmp_path: Path) -> None:
     assert kvtrace.open(tmp_path / "a.kvtrace").rows == 0
 
 
+@pytest.mark.writer_process
 def test_waiting_for_a_decoder_never_stops_the_model(tmp_path: Path) -> None:
     model = build()
     ids = torch.randint(3, 40, (4, 30), generator=torch.Generator().manual_seed(2))

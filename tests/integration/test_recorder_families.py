@@ -142,12 +142,7 @@ _CLASSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -227,6 +222,7 @@ def test_outputs_are_bit_identical_and_attention_is_the_models_own(
             np.testing.assert_allclose(trace.attention(layer, head), expected[head], atol=1e-5)
 
 
+@pytest.mark.writer_process
 def test_alibi_is_written_as_the_model_applies_it(tmp_path: Path) -> None:
     slopes = {}
     for kernel in ("eager", "sdpa"):
@@ -299,6 +295,7 @@ def test_float16_traces_agree_to_two_thousandths(family: str, tmp_path: Path) ->
             np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
 
 
+@pytest.mark.writer_process
 def test_a_bfloat16_model_is_stored_exactly_in_float16(tmp_path: Path) -> None:
     model = build("Llama", "sdpa").to(torch.bfloat16)
     plain = greedy(model, prompt()).sequences
@@ -318,6 +315,7 @@ def test_a_bfloat16_model_is_stored_exactly_in_float16(tmp_path: Path) -> None:
 _PADDED = {"Llama", "Mistral", "GPT2", "Falcon", "Bloom", "Mpt", "DeepseekV3"}
 
 
+@pytest.mark.writer_process
 @pytest.mark.parametrize(("family", "kernel"), [case for case in CASES if case[0] in _PADDED])
 def test_left_padding_is_not_recorded(family: str, kernel: str, tmp_path: Path) -> None:
     model = build(family, kernel)
@@ -384,6 +382,7 @@ def test_right_padding_and_a_model_without_cache(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected[1], atol=1e-5)
 
 
+@pytest.mark.writer_process
 def test_a_loop_by_hand_continues_its_requests(tmp_path: Path) -> None:
     model = build("Qwen2", "sdpa")
     ids = prompt()

@@ -5,20 +5,19 @@ The models are tiny and random: what is tested is which numbers are kept, bit fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.support import tiny
+from tests.support.tiny import SHARP, SIZES
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import kvtrace
@@ -31,38 +30,19 @@ from kvtrace_recorder.taps import keep
 from kvtrace_viewer.replay import replay
 
 PROMPT, NEW = 100, 5
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
 
 
 def llama(layers: int = 3) -> Any:
-    torch.manual_seed(1)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers)).eval()
+    return tiny.llama(**SHARP, num_hidden_layers=layers)
 
 
 def gemma() -> Any:
     """Softcap, and a window in every second layer."""
     torch.manual_seed(1)
-    config = Gemma2Config(**SIZES, num_hidden_layers=2, sliding_window=24)
+    config = Gemma2Config(**SIZES, **SHARP, sliding_window=24)
     return Gemma2ForCausalLM(config).eval()
 
 
@@ -71,7 +51,7 @@ def gpt_oss() -> Any:
     torch.manual_seed(1)
     config = GptOssConfig(
         **SIZES,
-        num_hidden_layers=2,
+        **SHARP,
         sliding_window=24,
         num_local_experts=2,
         num_experts_per_tok=1,
@@ -111,6 +91,7 @@ def received(full: Trace, layer: int, request: int = 0) -> np.ndarray[Any, Any]:
     )
 
 
+@pytest.mark.writer_process
 @pytest.mark.parametrize(
     ("make", "dtype"), [(llama, "float16"), (gemma, "float32"), (gpt_oss, "float16")]
 )
@@ -158,6 +139,7 @@ def test_every_nth_query_of_a_padded_batch(tmp_path: Path) -> None:
             np.testing.assert_allclose(found[:tokens], received(full, layer, request), atol=1e-4)
 
 
+@pytest.mark.writer_process
 def test_chosen_layers_and_heads(tmp_path: Path) -> None:
     full, _ = run(llama(4), tmp_path / "full.kvtrace", dtype="float32")
     path = tmp_path / "some.kvtrace"
@@ -326,6 +308,7 @@ def test_a_thinned_run_replays_as_the_full_one(tmp_path: Path) -> None:
             assert getattr(found, name) == pytest.approx(getattr(want, name), rel=1e-4)
 
 
+@pytest.mark.writer_process
 def test_max_bytes_thins_by_the_rule(tmp_path: Path) -> None:
     # A row takes 64 + 8 layers of (q 4 x 8 + lse, k and v 2 x 8) in float16: 64 + 8 * 144.
     whole = (PROMPT + NEW) * (64 + 8 * 144)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ BATCH, TOKENS, WIDTH, HEADS = 2, 13, 32, 4
 Array = np.ndarray[Any, Any]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
+
+
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _same_weights() -> None:
     torch.manual_seed(3)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Attention(nn.Module):
@@ -294,6 +292,7 @@ def test_an_encoder_is_recorded_and_stays_on_its_fast_path(
                 np.testing.assert_allclose(found, own[0, head].numpy(), atol=1e-5)
 
 
+@pytest.mark.writer_process
 def test_outputs_of_a_model_of_ones_own_are_verified(tmp_path: Path) -> None:
     model, path = Model(Grouped), tmp_path / "a.kvtrace"
     with torch.no_grad(), record(model, path, dtype="float32", strict=True, verify=True):
@@ -332,6 +331,7 @@ def test_info_leaves_out_what_a_model_does_not_say(
     assert "model     Model (Model, float32, cpu)" in capsys.readouterr().out
 
 
+@pytest.mark.writer_process
 def test_a_training_step_keeps_its_gradients(tmp_path: Path) -> None:
     def gradients(model: nn.Module) -> list[torch.Tensor]:
         model.zero_grad()

@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.tiny import llama
 from torch.optim import optimizer as torch_optimizer
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -36,30 +35,12 @@ ELSEWHERE = {"paged_cache", "paged_offload", "serving", "offload"}
 IDS = torch.tensor([[5, 9, 33, 12, 7, 8], [3, 9, 4, 12, 9, 4]])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
 
 
-def llama() -> Any:
-    """A tiny Llama with random weights."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+def endless() -> Any:
+    """Never ends a sequence by itself."""
+    return llama(eos_token_id=None)
 
 
 def generated(model: Any, **options: Any) -> list[torch.Tensor]:
@@ -145,11 +126,11 @@ class Plain(torch.nn.Module):
 Run = Callable[[Any], list[torch.Tensor]]
 #: What makes a model (tiny, random weights), and what runs it.
 WORKLOADS: dict[str, tuple[Callable[[], Any], Run]] = {
-    "beams": (llama, lambda model: generated(model, num_beams=2)),
-    "lookup": (llama, lambda model: generated(model, ids=IDS[1:], prompt_lookup_num_tokens=2)),
-    "training": (llama, trained),
-    "raising": (llama, raising),
-    "compiled": (llama, compiled),
+    "beams": (endless, lambda model: generated(model, num_beams=2)),
+    "lookup": (endless, lambda model: generated(model, ids=IDS[1:], prompt_lookup_num_tokens=2)),
+    "training": (endless, trained),
+    "raising": (endless, raising),
+    "compiled": (endless, compiled),
     "bloom": (bloom, generated),
     "t5": (t5, generated),
     "plain": (Plain, evaluated),
@@ -198,7 +179,8 @@ def state(where: list[tuple[Any, str]]) -> list[Any]:
     return [hooks, *(owner.__dict__.get(name, "absent") for owner, name in where)]
 
 
-@pytest.mark.parametrize("make", [llama, t5, Plain, lambda: None])
+@pytest.mark.writer_process
+@pytest.mark.parametrize("make", [endless, t5, Plain, lambda: None])
 def test_everything_is_put_back_however_the_block_is_left(
     make: Callable[[], Any], tmp_path: Path
 ) -> None:
@@ -230,7 +212,7 @@ def test_everything_is_put_back_however_the_block_is_left(
 def test_a_tap_that_cannot_be_installed_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = llama()
+    model = endless()
     where = places(model, tmp_path)
     before = state(where)
     originals = taps.patches

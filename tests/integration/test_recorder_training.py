@@ -5,15 +5,13 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.support.tiny import llama
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -25,33 +23,12 @@ from kvtrace.errors import InputError
 from kvtrace_recorder import TraceCallback, record
 from kvtrace_viewer.derived.emergence import by_training_step
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
 
 
 def tiny(kernel: str = "sdpa") -> Any:
     """A tiny Llama with random weights and dropout, the same each time."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        attention_dropout=0.1,
-        attn_implementation=kernel,
-    )
-    return LlamaForCausalLM(config).train()
+    return llama(attention_dropout=0.1, attn_implementation=kernel).train()
 
 
 def batches(count: int) -> list[torch.Tensor]:
@@ -136,6 +113,7 @@ def gaps(path: Path) -> list[tuple[str, int, str]]:
     return [(gap["what"], gap["count"], gap["reason"]) for gap in found]
 
 
+@pytest.mark.writer_process
 def test_optimizer_steps_are_counted_not_passes(tmp_path: Path) -> None:
     model = tiny()
     with record(model, tmp_path / "a.kvtrace", strict=True):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from tests.support import tiny
+from tests.support.tiny import SHARP, SIZES
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import kvtrace
 from kvtrace.cli import main
@@ -18,34 +19,14 @@ from kvtrace.errors import InputError
 from kvtrace_recorder import record
 from kvtrace_recorder.taps import operands
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.5,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 NEW = 6
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread", "writer_thread")
 
 
 def llama() -> Any:
-    """Tiny, random weights."""
-    torch.manual_seed(1)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    return tiny.llama(**SHARP)
 
 
 def run(model: Any, path: Path, **options: Any) -> list[dict[str, Any]]:
@@ -77,9 +58,10 @@ def test_a_float32_trace_agrees_to_rounding(
     assert json.loads(capsys.readouterr().out)["verified"] == found
 
 
+@pytest.mark.writer_process
 def test_float16_chosen_heads_and_softcaps_with_windows(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    gemma = Gemma2ForCausalLM(Gemma2Config(**SIZES, sliding_window=16)).eval()
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SIZES, **SHARP, sliding_window=16)).eval()
     found = run(gemma, tmp_path / "a.kvtrace", heads="1", queries="last=9")
     assert [row["rows"] for row in found] == [6, 6]
     assert 1e-6 < max(row["max_error"] for row in found) < 1e-2

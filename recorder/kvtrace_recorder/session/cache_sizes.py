@@ -8,10 +8,29 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer
+from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer
 
 from kvtrace_recorder.messages import CacheEvent
 from kvtrace_recorder.session.requests import CacheEntry
+from kvtrace_recorder.session.step import ActiveStep
+
+
+def find_cache(output: Any) -> Cache | None:
+    """The cache that a model made for itself, from what it returned."""
+    found = getattr(output, "past_key_values", None)
+    found = getattr(found, "self_attention_cache", found)
+    if found is None and isinstance(output, tuple):
+        found = next((part for part in output if isinstance(part, Cache)), None)
+    return found if isinstance(found, Cache) else None
+
+
+def sizes_after(step: ActiveStep, cache: Cache) -> list[CacheEvent]:
+    """What a step did to the memory of its caches."""
+    step.entry.numbers = step.model.cached
+    found = cache_events(cache, step.entry)
+    if step.cross_cache is not None:
+        found += cache_events(step.cross_cache, step.entry, numbers=step.model.cross_cached)
+    return found
 
 
 def cache_events(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from kvtrace_recorder.messages import CacheChange, Dormant, Ended
+from kvtrace_recorder.session.held import HeldSteps
+from kvtrace_recorder.session.models import ModelState
+from kvtrace_recorder.session.requests import CacheEntry
 from kvtrace_recorder.session.step import ActiveStep, Taken
 
 #: Runs of encoders that a decoder may still read.
@@ -76,15 +80,98 @@ class EncoderRun:
         return found
 
 
-class EncoderRuns:
-    """The last runs of encoders."""
+class Encoders:
+    """The last runs of encoders, and their rows until a decoder has read them.
 
-    def __init__(self, ended: deque[CacheChange | Dormant | Ended]) -> None:
+    Parameters
+    ----------
+    ended : collections.deque
+        Takes what is to be said of requests that no decoder can read any more.
+    held : HeldSteps
+        Copies rows.
+    submit : callable
+        Takes a step that waits no more.
+    """
+
+    def __init__(
+        self,
+        ended: deque[CacheChange | Dormant | Ended],
+        held: HeldSteps,
+        submit: Callable[[ActiveStep], None],
+    ) -> None:
         self._ended = ended
+        self._held = held
+        self._submit = submit
         self._recent: deque[EncoderRun] = deque()
         self._lock = threading.Lock()
 
-    def add(self, step: ActiveStep, hidden: torch.Tensor) -> list[EncoderRun]:
+    def ran(self, step: ActiveStep, output: Any) -> None:
+        """An encoder has returned: its rows wait for the decoder that reads them."""
+        hidden = output[0]
+        if step.record.fault or not step.batch or not isinstance(hidden, torch.Tensor):
+            self._submit(step)
+            return
+        for run in self._add(step, hidden):
+            self.release(run, read=False)
+
+    def find(self, model: ModelState, entry: CacheEntry, states: Any) -> None:
+        """Learn which run of an encoder the requests of a decoder read."""
+        found = self._find(model.info.key, states)
+        if found is None:
+            entry.lost = NOT_SEEN
+            return
+        entry.encoder, rows = found
+        entry.lost = entry.encoder.lost
+        for state, row in zip(entry.requests, rows, strict=True):
+            state.encoder = entry.encoder.requests[row]
+
+    def release(self, run: EncoderRun | None, *, read: bool) -> None:
+        """Send the rows of a run that wait, with the keys that a decoder made of them.
+
+        Parameters
+        ----------
+        run : EncoderRun or None
+            The run; nothing is done where there is none, or where its rows were sent.
+        read : bool
+            Whether a decoder has read it.
+        """
+        if run is None or run.step is None:
+            return
+        step, run.step = run.step, None
+        for taken in run.keys if read else ():
+            if step.is_large and step.record.fault is None:
+                self._held.copy_now(step, taken)
+            else:
+                step.taken[taken.spec.layer] = taken
+        run.keys = []
+        self._submit(step)
+        # The decoder's rows come after.
+        self._held.flush(step.entry)
+        run.lost = step.entry.lost
+
+    def make_room(self) -> None:
+        """Send the rows of this thread's runs that hold memory which the writer waits for.
+
+        Nothing is read any more that could free it, and the thread may be about to wait for room.
+        """
+        with self._lock:
+            holding = [
+                run
+                for run in self._recent
+                if run.thread == threading.get_ident() and run.step is not None and run.step.slabs
+            ]
+        for run in holding:
+            self.release(run, read=False)
+
+    def close(self) -> None:
+        """Send all that still waits."""
+        with self._lock:
+            found = list(self._recent)
+            self._recent.clear()
+        for run in found:
+            self.release(run, read=False)
+
+    def _add(self, step: ActiveStep, hidden: torch.Tensor) -> list[EncoderRun]:
         """Let the rows of a step wait for a decoder. Returns runs that have waited too long."""
         states = step.entry.requests
         numbers = tuple(state.request for state in states)
@@ -96,16 +183,7 @@ class EncoderRuns:
             self._recent.append(run)
             return [self._recent.popleft() for _ in range(len(self._recent) - RECENT)]
 
-    def holding_memory(self) -> list[EncoderRun]:
-        """Runs of this thread whose rows hold memory that the writer waits for."""
-        with self._lock:
-            return [
-                run
-                for run in self._recent
-                if run.thread == threading.get_ident() and run.step is not None and run.step.slabs
-            ]
-
-    def find(self, model: int, hidden: Any) -> tuple[EncoderRun, list[int]] | None:
+    def _find(self, model: int, hidden: Any) -> tuple[EncoderRun, list[int]] | None:
         """The run that a decoder reads, and which of its rows each of the decoder's is."""
         if not isinstance(hidden, torch.Tensor) or hidden.ndim != 3:
             return None
@@ -116,13 +194,6 @@ class EncoderRuns:
             if rows is not None:
                 return run, rows
         return None
-
-    def close(self) -> list[EncoderRun]:
-        """All that still wait."""
-        with self._lock:
-            found = list(self._recent)
-            self._recent.clear()
-        return found
 
 
 def sign(hidden: torch.Tensor) -> NDArray[np.float32]:

@@ -195,3 +195,8 @@ def _token_set(value: Any) -> set[int]:
     if isinstance(value, int):
         return {value}
     return {x for x in value if isinstance(x, int)} if isinstance(value, list | tuple) else set()
+
+
+def has_transformers(model: Any) -> bool:
+    """Whether a module is a model of transformers, or contains one."""
+    return any(isinstance(module, PreTrainedModel) for module in model.modules())

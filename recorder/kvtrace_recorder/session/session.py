@@ -13,26 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache
-from transformers.modeling_utils import PreTrainedModel
 
 from kvtrace.errors import KvtraceError
-from kvtrace_recorder.messages import CacheChange, CacheEvent, Gap, Message, Sequenced, StepRecord
+from kvtrace_recorder.messages import Gap, Message, StepRecord
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.selection import Selection
-from kvtrace_recorder.session.cache_sizes import cache_events, layer_size
-from kvtrace_recorder.session.changes import apply_change
+from kvtrace_recorder.session.cache_sizes import find_cache, sizes_after
+from kvtrace_recorder.session.changes import CacheChanges
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
 from kvtrace_recorder.session.decode import learn, next_step, settle_plan
-from kvtrace_recorder.session.encoders import NOT_SEEN, EncoderRun, EncoderRuns
+from kvtrace_recorder.session.encoders import Encoders
 from kvtrace_recorder.session.halves import ENCODER, Halves
 from kvtrace_recorder.session.held import HeldSteps
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.keeping import Keeper
-from kvtrace_recorder.session.models import ModelState
+from kvtrace_recorder.session.models import ModelState, has_transformers
 from kvtrace_recorder.session.plain import begin_unshaped, shape_step
-from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook, RequestState
+from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
 from kvtrace_recorder.session.samples import OutputSamples
+from kvtrace_recorder.session.sequences import fillers, sequenced
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.session.training import Training
 from kvtrace_recorder.taps.call import Call, parse_call
@@ -83,7 +82,7 @@ class Session:
         #: False once the taps are gone: torch.compile may hold on to what stood there.
         self.is_running = True
         #: The model to record where it is none of transformers' and contains none.
-        self.plain = None if model is None or _has_transformers(model) else model
+        self.plain = None if model is None or has_transformers(model) else model
         self._wanted = None if model is None else {id(module) for module in model.modules()}
         self._open_pipeline = open_pipeline
         self.samples = OutputSamples(self._put) if verify else None
@@ -94,7 +93,8 @@ class Session:
         self._keys = itertools.count()
         self._book = RequestBook()
         self.halves = Halves()
-        self._encoders = EncoderRuns(self._book.ended)
+        self._encoders = Encoders(self._book.ended, self._held, self._submit)
+        self.changes = CacheChanges(self._book, self._held, self._put)
         for module in () if model is None else model.modules():
             self.halves.learn(module)
         self.batches = ContinuousBatches(open_pipeline, self._book)
@@ -174,9 +174,7 @@ class Session:
             # Its halves are steps.
             return None
         if half is not None and half.kind == ENCODER:
-            for run in self._encoders.holding_memory():
-                # Nothing is read any more that could free it: this thread may wait for room.
-                self._release(run, read=False)
+            self._encoders.make_room()
         model = self.model_state(module if half is None else half.model)
         if is_paged(kwargs):
             return self._begin_batch(model, kwargs)
@@ -198,9 +196,9 @@ class Session:
             entry.lost = entry.lost or str(error)
             real = np.ones((inputs.batch, inputs.length), bool)
         if inputs.is_decode and self.prompts is None:
-            real &= ~_fillers(model, entry, inputs)
+            real &= ~fillers(model, entry, inputs)
         if inputs.encoder_states is not None and entry.encoder is None and entry.lost is None:
-            self._find_encoder(model, entry, inputs.encoder_states)
+            self._encoders.find(model, entry, inputs.encoder_states)
         step = self.new_step(model, inputs, entry, real)
         step.half, step.cross_cache = None if half is None else half.kind, inputs.cross_cache
         return step
@@ -246,19 +244,19 @@ class Session:
         """The model has returned."""
         record, entry = step.record, step.entry
         record.duration_ns = max(0, elapsed_ns - step.tap_ns)
-        cache = step.cache if step.cache is not None else _find_cache(output)
+        cache = step.cache if step.cache is not None else find_cache(output)
         if record.fault is None:
             record.fault = self._differing_layers(step)
         if step.is_packed:
             self._submit(step)
             return
         if step.half == ENCODER:
-            self._encoded(step, output)
+            self._encoders.ran(step, output)
             return
         if cache is not None:
             self._book.bind(cache, entry)
-            record.events += self.guard.run("cache sizes", _sizes, step, cache) or []
-        self._release(entry.encoder, read=record.fault is None)
+            record.events += self.guard.run("cache sizes", sizes_after, step, cache) or []
+        self._encoders.release(entry.encoder, read=record.fault is None)
         if entry.encoder is not None:
             record.fault = record.fault or entry.encoder.lost
         self._submit(step)
@@ -271,43 +269,8 @@ class Session:
     def abandon(self, step: ActiveStep) -> None:
         """The model has raised."""
         step.record.fault = step.record.fault or "the forward pass raised"
-        self._release(step.entry.encoder, read=False)
+        self._encoders.release(step.entry.encoder, read=False)
         self._submit(step)
-
-    def cache_changes(self, cache: Any) -> None:
-        """A cache is about to be changed: what is held of it is copied first."""
-        entry = self._book.find(cache)
-        if entry is not None:
-            entry.plan = None
-            self._held.flush(entry)
-
-    def cache_changed(self, cache: Any, method: str, event: str, value: Any) -> None:
-        """Slots of a cache were dropped or moved."""
-        entry = self._book.find(cache)
-        if entry is None:
-            return
-        try:
-            if entry.lost is None:
-                apply_change(self._book, entry, cache, method, value)
-        except UnrecordableError as error:
-            entry.lost = str(error)
-        if events := cache_events(cache, entry, event):
-            self._pipeline.put(CacheChange(tuple(events)))
-
-    def layer_moved(self, layer: Any, event: str) -> None:
-        """A layer of a cache lies on another device now."""
-        cache = self._book.cache_with(layer)
-        if cache is None:
-            return
-        number = next(n for n, own in enumerate(cache.layers) if own is layer)
-        slots, nbytes = layer_size(layer)
-        device = str(layer.keys.device)
-        moved = CacheEvent(time.time_ns(), number, event, slots, nbytes, device)
-        step = self.current
-        if step is not None:
-            step.record.events.append(moved)
-        else:
-            self._pipeline.put(CacheChange((moved,)))
 
     def flush_held(self) -> None:
         """Send the steps that wait to be copied with their like."""
@@ -321,8 +284,7 @@ class Session:
         """Send what is left; the taps are gone."""
         self.is_running = False
         self._note_skipped()
-        for run in self._encoders.close():
-            self._release(run, read=False)
+        self._encoders.close()
         self._held.flush_all()
         self._book.close()
         self.batches.finish()
@@ -351,7 +313,7 @@ class Session:
             started_ns=time.time_ns(),
             forks=entry.forks(),
             sequences=[
-                _sequenced(row, state, count, inputs, self.prompts)
+                sequenced(row, state, count, inputs, self.prompts)
                 for row, (state, count) in enumerate(zip(entry.requests, counts, strict=False))
                 if count or (state.fork and not state.is_known)
             ],
@@ -383,41 +345,6 @@ class Session:
     def _note_skipped(self) -> None:
         if skipped := self.training.skipped():
             self._pipeline.put(skipped)
-
-    def _find_encoder(self, model: ModelState, entry: CacheEntry, states: Any) -> None:
-        found = self._encoders.find(model.info.key, states)
-        if found is None:
-            entry.lost = NOT_SEEN
-            return
-        entry.encoder, rows = found
-        entry.lost = entry.encoder.lost
-        for state, row in zip(entry.requests, rows, strict=True):
-            state.encoder = entry.encoder.requests[row]
-
-    def _encoded(self, step: ActiveStep, output: Any) -> None:
-        """An encoder has returned: its rows wait for the decoder that reads them."""
-        hidden = output[0]
-        if step.record.fault or not step.batch or not isinstance(hidden, torch.Tensor):
-            self._submit(step)
-            return
-        for run in self._encoders.add(step, hidden):
-            self._release(run, read=False)
-
-    def _release(self, run: EncoderRun | None, *, read: bool) -> None:
-        """Send an encoder's rows that wait, with the keys that a decoder made of them."""
-        if run is None or run.step is None:
-            return
-        step, run.step = run.step, None
-        for taken in run.keys if read else ():
-            if step.is_large and step.record.fault is None:
-                self._held.copy_now(step, taken)
-            else:
-                step.taken[taken.spec.layer] = taken
-        run.keys = []
-        self._submit(step)
-        # The decoder's rows come after.
-        self._held.flush(step.entry)
-        run.lost = step.entry.lost
 
     def _begin_batch(self, model: ModelState, inputs: dict[str, Any]) -> ActiveStep | None:
         if self.batches.unseen is not None:
@@ -511,56 +438,3 @@ class Session:
         self._held.flush_all()
         while self._book.ended:
             self._pipeline.put(self._book.ended.popleft())
-
-
-def _sequenced(
-    row: int, state: RequestState, count: int, inputs: StepInputs, prompts: list[int] | None
-) -> Sequenced:
-    known = prompts[row] if prompts is not None and len(prompts) == inputs.batch else 0
-    prompt = state.prompt_tokens or known or count - inputs.num_candidates
-    new = not state.is_known
-    return Sequenced(
-        state.request,
-        row,
-        state.tokens,
-        count,
-        new,
-        prompt,
-        state.external_id,
-        encoder_request=state.encoder,
-    )
-
-
-def _sizes(step: ActiveStep, cache: Cache) -> list[CacheEvent]:
-    """What the step did to the memory of its caches."""
-    step.entry.numbers = step.model.cached
-    found = cache_events(cache, step.entry)
-    if step.cross_cache is not None:
-        found += cache_events(step.cross_cache, step.entry, numbers=step.model.cross_cached)
-    return found
-
-
-def _has_transformers(model: Any) -> bool:
-    return any(isinstance(module, PreTrainedModel) for module in model.modules())
-
-
-def _fillers(model: ModelState, entry: CacheEntry, inputs: StepInputs) -> Bools:
-    """[batch, 1]: rows of a batch that have ended and are fed padding until the others end."""
-    ends, fills = model.end_tokens
-    found = np.zeros((inputs.batch, 1), bool)
-    if inputs.token_ids is None or inputs.batch == 1 or inputs.length > 1:
-        return found
-    for row, state in enumerate(entry.requests[: inputs.batch]):
-        # A prompt may end like a sequence: BART's decoder begins with the end token.
-        ended = state.last_token in ends and state.tokens > state.prompt_tokens
-        found[row] = ended and int(inputs.token_ids[row, 0]) in fills
-    return found
-
-
-def _find_cache(output: Any) -> Any:
-    """The cache that a model made for itself, from what it returned."""
-    found = getattr(output, "past_key_values", None)
-    found = getattr(found, "self_attention_cache", found)
-    if found is None and isinstance(output, tuple):
-        found = next((part for part in output if isinstance(part, Cache)), None)
-    return found if isinstance(found, Cache) else None

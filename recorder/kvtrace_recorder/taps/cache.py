@@ -33,11 +33,11 @@ def _maker(session: Session, name: str) -> Any:
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
-            session.guard.run(NAME, session.cache_changes, self)
+            session.guard.run(NAME, session.changes.before, self)
             result = original(self, *args, **kwargs)
             if event is not None:
                 value = args[0] if args else next(iter(kwargs.values()), None)
-                session.guard.run(NAME, session.cache_changed, self, name, event, value)
+                session.guard.run(NAME, session.changes.after, self, name, event, value)
             return result
 
         return changed

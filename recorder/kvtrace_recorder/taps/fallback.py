@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,6 +17,8 @@ from kvtrace_recorder.taps.guard import UnrecordableError
 from kvtrace_recorder.taps.settle import settle
 
 NAME = "attention"
+#: Frames between what `observed` calls and the code that called the function.
+CALLER = 2
 
 
 def listening(session: Session) -> ActiveStep | None:
@@ -25,6 +30,45 @@ def listening(session: Session) -> ActiveStep | None:
     if step is None or step.in_attention or torch._C._current_graph_task_id() >= 0:
         return None
     return step
+
+
+def observed(
+    session: Session,
+    observe: Callable[[Session, ActiveStep, tuple[Any, ...], dict[str, Any], Any], None],
+    tracing: Callable[[tuple[Any, ...], dict[str, Any]], None] | None = None,
+) -> Callable[[Any], Any]:
+    """What makes, of a function that computes attention, one that is listened to.
+
+    Parameters
+    ----------
+    session : Session
+        The recording.
+    observe : callable
+        Given the recording, the step, the arguments and the result of a call. Between it and the
+        caller stand the guard and this wrapper: `CALLER` frames.
+    tracing : callable, optional
+        Given the arguments instead, where torch.compile traces the call.
+    """
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            # Dynamo alone: the stages of a compiler behind it call this function, too.
+            if tracing is not None and torch.compiler.is_dynamo_compiling():
+                tracing(args, kwargs)
+            if torch.compiler.is_compiling():
+                return output
+            step = listening(session)
+            if step is not None:
+                started = time.perf_counter_ns()
+                session.guard.run(NAME, observe, session, step, args, kwargs, output)
+                step.tap_ns += time.perf_counter_ns() - started
+            return output
+
+        return function
+
+    return make
 
 
 def take(

@@ -8,7 +8,6 @@ projection, so that they may differ from the fused ones by rounding.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - everybody's name for it
 from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.call import Call
-from kvtrace_recorder.taps.fallback import NAME, listening, take
+from kvtrace_recorder.taps.fallback import CALLER, listening, observed, take
 from kvtrace_recorder.taps.frames import calling_module
 from kvtrace_recorder.taps.patch import Patch
 
@@ -56,33 +55,20 @@ def _keeper(session: Session) -> Callable[[Any], Any]:
 
 
 def _observer(session: Session, read: Callable[..., Call | None]) -> Callable[[Any], Any]:
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def fused(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            if torch.compiler.is_compiling():
-                return output
-            step = listening(session)
-            if step is not None:
-                started = time.perf_counter_ns()
-                session.guard.run(NAME, _observe, session, step, read, args)
-                step.tap_ns += time.perf_counter_ns() - started
-            return output
+    def observe(
+        session: Session,
+        step: ActiveStep,
+        args: tuple[Any, ...],
+        _kwargs: dict[str, Any],
+        _output: Any,
+    ) -> None:
+        module = calling_module(CALLER)
+        with torch.no_grad():
+            call = None if module is None else read(module, *args)
+        if call is not None:
+            take(session, step, call)
 
-        return fused
-
-    return make
-
-
-def _observe(
-    session: Session, step: ActiveStep, read: Callable[..., Call | None], args: tuple[Any, ...]
-) -> None:
-    # Between here and the caller stand the guard and the wrapper.
-    module = calling_module(depth=2)
-    with torch.no_grad():
-        call = None if module is None else read(module, *args)
-    if call is not None:
-        take(session, step, call)
+    return observed(session, observe)
 
 
 def _attention(

@@ -27,7 +27,7 @@ def _maker(session: Session, event: str) -> Any:
             before = getattr(self.keys, "device", None)
             result = original(self, *args, **kwargs)
             if getattr(self.keys, "device", None) != before:
-                session.guard.run(NAME, session.layer_moved, self, event)
+                session.guard.run(NAME, session.changes.layer_moved, self, event, session.current)
             return result
 
         return moved

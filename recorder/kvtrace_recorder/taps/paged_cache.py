@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kvtrace_recorder.session.paged_cache import PagedCacheState
 from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.session.versions import library_versions
 from kvtrace_recorder.taps import paged_offload
@@ -54,13 +55,7 @@ def _looks() -> list[tuple[type, str, Look]]:
         (ContinuousBatchProcessor, "update_batch", _settle),
         (ContinuousBatchProcessor, "prepare_next_batch", _settle_idle),
     ]
-    of_allocators: dict[str, Look] = {
-        "allocate_cache_to_request": _allocate,
-        "acquire_prefix_blocks": _share,
-        "fork_blocks": _fork,
-        "mark_complete_blocks": _complete,
-        "free_blocks": _free,
-    }
+    of_allocators = {**_allocator_looks, "fork_blocks": _fork}
     for kind in _family(CacheAllocator):
         looks += [(kind, name, look) for name, look in of_allocators.items() if name in vars(kind)]
     return looks
@@ -97,31 +92,70 @@ def _blocks(allocator: Any, request_id: str) -> list[int]:
     return list(allocator.block_table.get(request_id, ()))
 
 
-def _allocate(
-    session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
-) -> Callable[[Any], None]:
+def _met(session: Session, allocator: Any) -> PagedCacheState:
+    """What is known of an allocator's cache, the blocks that it has handed out before included."""
     state = session.batches.cache(allocator.pool)
     state.meet(allocator)
-    before = _blocks(allocator, request_id)
-
-    def after(result: Any) -> None:
-        state.moved(allocator, request_id, before, _blocks(allocator, request_id), "allocate")
-
-    return after
+    return state
 
 
-def _share(
-    session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
-) -> Callable[[Any], None]:
-    state = session.batches.cache(allocator.pool)
-    state.meet(allocator)
-    before = _blocks(allocator, request_id)
+def _moves(
+    joined: str,
+    then: Callable[[PagedCacheState, Any, str, list[int]], None] | None = None,
+    held: Callable[[Any, int], bool] = lambda allocator, block: False,
+) -> Look:
+    """A look at a method of an allocator that changes the block table of one request.
 
-    def after(result: Any) -> None:
-        state.moved(allocator, request_id, before, _blocks(allocator, request_id), "share")
-        state.share(allocator, request_id)
+    Parameters
+    ----------
+    joined : str
+        The event of a block that came.
+    then : callable, optional
+        What else follows: given the cache, the allocator, the request's id and its old blocks.
+    held : callable
+        Whether a block that went still holds its tokens, though no request shared it.
+    """
 
-    return after
+    def look(
+        session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> Callable[[Any], None]:
+        state = _met(session, allocator)
+        before = _blocks(allocator, request_id)
+        shared = set(allocator.ledger.shared_ref_counts)
+
+        def after(result: Any) -> None:
+            own = _blocks(allocator, request_id)
+            state.moved(
+                allocator,
+                request_id,
+                before,
+                own,
+                joined,
+                lambda block: block in shared or held(allocator, block),
+            )
+            if then is not None:
+                then(state, allocator, request_id, before)
+
+        return after
+
+    return look
+
+
+#: A block whose contents are already cached gives way to the cached one when it is complete.
+_allocator_looks: dict[str, Look] = {
+    "allocate_cache_to_request": _moves("allocate"),
+    "acquire_prefix_blocks": _moves(
+        "share", lambda state, allocator, name, _: state.share(allocator, name)
+    ),
+    "mark_complete_blocks": _moves(
+        "share", lambda state, allocator, name, _: state.completed(allocator, name)
+    ),
+    "free_blocks": _moves(
+        "allocate",
+        lambda state, allocator, _, before: state.forget(allocator, before),
+        lambda allocator, block: block in allocator.ledger.cached_blocks,
+    ),
+}
 
 
 def _fork(
@@ -131,8 +165,7 @@ def _fork(
     dest_request_id: str,
     past_length: int,
 ) -> Callable[[Any], None]:
-    state = session.batches.cache(allocator.pool)
-    state.meet(allocator)
+    state = _met(session, allocator)
     kept = set(_blocks(allocator, source_request_id))
 
     def after(result: Any) -> None:
@@ -146,47 +179,6 @@ def _fork(
         )
         source = state.requests.get(source_request_id)
         state.requests.begin_with(state.requests.get(dest_request_id), source, past_length)
-
-    return after
-
-
-def _complete(
-    session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
-) -> Callable[[Any], None]:
-    state = session.batches.cache(allocator.pool)
-    state.meet(allocator)
-    before = _blocks(allocator, request_id)
-    shared = set(allocator.ledger.shared_ref_counts)
-
-    def after(result: Any) -> None:
-        # A block whose contents are already cached gives way to the cached one.
-        own = _blocks(allocator, request_id)
-        state.moved(allocator, request_id, before, own, "share", shared.__contains__)
-        state.completed(allocator, request_id)
-
-    return after
-
-
-def _free(
-    session: Session, allocator: Any, request_id: str, *args: Any, **kwargs: Any
-) -> Callable[[Any], None]:
-    state = session.batches.cache(allocator.pool)
-    state.meet(allocator)
-    before = _blocks(allocator, request_id)
-    shared = set(allocator.ledger.shared_ref_counts)
-
-    def after(result: Any) -> None:
-        cached = allocator.ledger.cached_blocks
-        gone = _blocks(allocator, request_id)
-        state.moved(
-            allocator,
-            request_id,
-            before,
-            gone,
-            "allocate",
-            lambda block: block in shared or block in cached,
-        )
-        state.forget(allocator, before)
 
     return after
 

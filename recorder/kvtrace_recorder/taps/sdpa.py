@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import time
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.compiled import unannounced
-from kvtrace_recorder.taps.fallback import NAME, listening, take
+from kvtrace_recorder.taps.fallback import CALLER, observed, take
 from kvtrace_recorder.taps.frames import calling_module
 from kvtrace_recorder.taps.patch import Patch
 from kvtrace_recorder.taps.rebind import rebound
@@ -22,26 +20,16 @@ _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 def patches(session: Session) -> list[Patch]:
     """The patches of this tap: the function, wherever it was imported to."""
-
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            # Dynamo alone: the stages of a compiler behind it call this function, too.
-            if torch.compiler.is_dynamo_compiling():
-                unannounced(dict(zip(_NAMES, args, strict=False)) | kwargs)
-            if torch.compiler.is_compiling():
-                return output
-            step = listening(session)
-            if step is not None:
-                started = time.perf_counter_ns()
-                session.guard.run(NAME, _observe, session, step, args, kwargs, output)
-                step.tap_ns += time.perf_counter_ns() - started
-            return output
-
-        return scaled_dot_product_attention
-
+    make = observed(session, _observe, _trace)
     return rebound(torch.nn.functional, "scaled_dot_product_attention", make)
+
+
+def _trace(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    unannounced(_given(args, kwargs))
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(_NAMES, args, strict=False)) | kwargs
 
 
 def _observe(
@@ -51,9 +39,8 @@ def _observe(
     kwargs: dict[str, Any],
     output: torch.Tensor,
 ) -> None:
-    # Between here and the caller stand the guard and the wrapper.
-    module = calling_module(depth=2)
-    given = dict(zip(_NAMES, args, strict=False)) | kwargs
+    module = calling_module(CALLER)
+    given = _given(args, kwargs)
     q, k, v = (with_heads(given[name]) for name in ("query", "key", "value"))
     if module is None or q is None or k is None or v is None:
         return

@@ -8,7 +8,6 @@ scores that the softmax is given must be their product.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -20,7 +19,7 @@ from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.bias import Doubles, hidden_below, measure
 from kvtrace_recorder.taps.call import Call
-from kvtrace_recorder.taps.fallback import NAME, listening, take
+from kvtrace_recorder.taps.fallback import CALLER, observed, take
 from kvtrace_recorder.taps.frames import callers, module_of
 from kvtrace_recorder.taps.guard import UnrecordableError
 from kvtrace_recorder.taps.masks import is_check_due, sample_tokens
@@ -54,33 +53,21 @@ class _Operands:
 
 def patches(session: Session) -> list[Patch]:
     """The patches of this tap: `torch.nn.functional.softmax` and `torch.softmax`."""
-
-    def make(original: Any) -> Any:
-        @functools.wraps(original)
-        def softmax(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            if torch.compiler.is_compiling():
-                return output
-            step = listening(session)
-            if step is not None:
-                started = time.perf_counter_ns()
-                session.guard.run(NAME, _observe, session, step, args, kwargs)
-                step.tap_ns += time.perf_counter_ns() - started
-            return output
-
-        return softmax
-
+    make = observed(session, _observe)
     return [*rebound(torch.nn.functional, "softmax", make), *rebound(torch, "softmax", make)]
 
 
 def _observe(
-    session: Session, step: ActiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]
+    session: Session,
+    step: ActiveStep,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    _output: Any,
 ) -> None:
     scores = args[0] if args else kwargs.get("input")
     if not isinstance(scores, torch.Tensor) or scores.ndim not in (3, 4) or scores.is_nested:
         return
-    # Between here and the caller stand the guard and the wrapper.
-    found = _operands(step, scores, depth=2)
+    found = _operands(step, scores, CALLER)
     if found is None:
         return
     call = Call(found.module, found.q, found.k, found.v, None, {})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def _follow(args: argparse.Namespace, out: Path, command: list[str]) -> list[str
     from kvtrace_recorder.importers.kv_events.follow import follow
     from kvtrace_recorder.importers.kv_events.stream import Subscriber
 
-    with Subscriber(args.source, args.replay, args.topic) as subscriber:
+    with closing(Subscriber(args.source, args.replay, args.topic)) as subscriber:
         return follow(
             subscriber,
             out,
@@ -85,7 +86,7 @@ def _read(path: Path, out: Path, *, force: bool, command: list[str]) -> list[str
     from kvtrace_recorder.importers.kv_events.write import EventWriter
 
     problems = Problems()
-    with DumpReader(path, problems) as reader:
+    with closing(DumpReader(path, problems)) as reader:
         records = reader.records()
         first = next(records, None)
         if first is None:

@@ -26,6 +26,7 @@ from kvtrace_recorder.importers.kv_events.stream import (
 )
 from kvtrace_recorder.importers.kv_events.watch import Source
 from kvtrace_recorder.importers.kv_events.write import EventWriter
+from kvtrace_recorder.progress import ProgressLine
 
 #: Seconds after which a replay socket that does not answer is given up for this time.
 REPLAY_TIMEOUT_S = 5.0
@@ -268,8 +269,7 @@ class _Progress:
     def __init__(self, follower: Follower, subscriber: Subscriber) -> None:
         self._follower = follower
         self._subscriber = subscriber
-        self._terminal = sys.stderr.isatty()
-        self._shown = ""
+        self._line = ProgressLine(sys.stderr.isatty())
         self._hinted = False
 
     def show(self, running_s: float, silent_s: float) -> None:
@@ -278,23 +278,17 @@ class _Progress:
             self._hinted = True
             self.clear()
             print(self._hint(), file=sys.stderr, flush=True)
-        if not self._terminal:
+        if not self._line.is_enabled:
             return
         events = self._follower.events
         line = f"kvtrace: {events.events:,} events, {events.blocks:,} blocks"
         if silent_s >= 1:
             line += f", silent for {silent_s:.0f} s"
-        if line != self._shown:
-            sys.stderr.write(f"\r{line}; Ctrl-C ends\x1b[K")
-            sys.stderr.flush()
-            self._shown = line
+        self._line.show(f"{line}; Ctrl-C ends")
 
     def clear(self) -> None:
         """Remove the line."""
-        if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._shown = ""
+        self._line.clear()
 
     def _hint(self) -> str:
         if self._subscriber.connected:
