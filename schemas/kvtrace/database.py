@@ -14,9 +14,10 @@ from pathlib import Path
 
 import duckdb
 
-from kvtrace import tables
+from kvtrace import derived, tables
 from kvtrace.layout import DATABASE, JOURNAL, REPLAYS, rank_number
 from kvtrace.store import StoreReader
+from kvtrace.version import __version__
 
 #: What takes DuckDB more than two seconds would draw a bar on standard output, into our JSON.
 QUIET = "set enable_progress_bar = false"
@@ -68,14 +69,27 @@ def build(trace: Path) -> None:
         for name, files in _segments(trace).items():
             if files:
                 connection.execute(f"insert into {name} by name {_scan(files)}")
+        connection.execute(tables.derived_ddl())
+        for name, file in derived.files(trace, rows_by_rank(trace)).items():
+            connection.execute(f"insert into {name} by name {_scan([file])}")
+        made = [__version__, tables.digest()]
+        connection.execute("insert into trace_database values (?, ?)", made)
         connection.execute(tables.views())
     # Dated by what it was made from, not by when: what came during the build makes it stale.
     os.utime(temporary, ns=(made_from, made_from))
     temporary.replace(final)
 
 
+def rows_by_rank(trace: Path) -> dict[int, int]:
+    """Committed rows of every recording process: what tells one state of a trace from another."""
+    return {rank: store.rows for rank, store in stores_by_rank(trace).items()}
+
+
 def is_fresh(trace: Path) -> bool:
-    """Whether `trace.duckdb` is there and nothing it was made from is newer."""
+    """Whether `trace.duckdb` is there and nothing it was made from is newer.
+
+    Whether this version made it, only its table `trace_database` says.
+    """
     try:
         return (trace / DATABASE).stat().st_mtime_ns >= _changed_ns(trace)
     except FileNotFoundError:
@@ -83,10 +97,32 @@ def is_fresh(trace: Path) -> bool:
 
 
 def _changed_ns(trace: Path) -> int:
-    """When the recording, the set of its replays, or what is known of one last changed."""
+    """When the recording, its replays, what is known of one, or what is derived last changed."""
     replays = [path.parent for path in _replay_journals(trace)]
-    sources = [trace / REPLAYS, *replays, *_journals(trace)]
+    sources = [trace / REPLAYS, *replays, trace / derived.DIRECTORY, *_journals(trace)]
     return max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)
+
+
+def attach(connection: duckdb.DuckDBPyConnection, trace: Path) -> None:
+    """Let a connection read `trace.duckdb`, its tables under their plain names."""
+    path = str((trace / DATABASE).resolve()).replace("'", "''")
+    connection.execute(f"attach '{path}' as trace (read_only)")
+    connection.execute("use trace")
+
+
+def detach(connection: duckdb.DuckDBPyConnection) -> None:
+    """Let go of it."""
+    connection.execute("use memory")
+    connection.execute("detach trace")
+
+
+def is_ours(connection: duckdb.DuckDBPyConnection) -> bool:
+    """Whether the attached file has the tables and views of this version."""
+    try:
+        found = connection.execute("select definitions from trace_database").fetchall()
+    except duckdb.CatalogException:
+        return False
+    return found == [(tables.digest(),)]
 
 
 def create_views(connection: duckdb.DuckDBPyConnection, trace: Path) -> None:
@@ -96,6 +132,10 @@ def create_views(connection: duckdb.DuckDBPyConnection, trace: Path) -> None:
             connection.execute(f"create view {name} as {_scan(files)}")
         else:
             connection.execute(_create_empty(name))
+    connection.execute(tables.derived_ddl())
+    for name, file in derived.files(trace, rows_by_rank(trace)).items():
+        connection.execute(f"drop table {name}")
+        connection.execute(f"create view {name} as {_scan([file])}")
     connection.execute(tables.views())
 
 

@@ -163,6 +163,7 @@ CREATE TABLE block_accesses (
     request BIGINT, block_index INTEGER, content BIGINT, tokens INTEGER, is_output BOOLEAN
 );
 COMMENT ON TABLE block_accesses IS 'The blocks that each request of an imported workload asks for, in the order of the requests and of the tokens in them.';
+COMMENT ON COLUMN block_accesses.request IS 'The request that accesses the block.';
 COMMENT ON COLUMN block_accesses.block_index IS 'Index of the block in the request''s sequence.';
 COMMENT ON COLUMN block_accesses.content IS 'What the block holds: accesses of one number may share one block. The source''s own id, or 64 bits of a hash of it where that is no such number or not valid everywhere.';
 COMMENT ON COLUMN block_accesses.tokens IS 'Tokens in the block; fewer than requests.block_size in a last block that is not full.';

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow as pa
 
-from kvtrace import database
+from kvtrace import database, derived, tables
 from kvtrace.errors import QueryError
-from kvtrace.layout import DATABASE
+
+if TYPE_CHECKING:
+    from kvtrace.trace import Trace
 
 MEMORY_LIMIT = "2GB"
 TIMEOUT_S = 60.0
@@ -20,10 +24,9 @@ _READING = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
 
 
 def query(
-    trace: Path,
+    trace: Trace,
     sql: str,
     *,
-    closed: bool,
     max_rows: int | None = None,
     memory_limit: str = MEMORY_LIMIT,
     timeout_s: float = TIMEOUT_S,
@@ -32,12 +35,10 @@ def query(
 
     Parameters
     ----------
-    trace : pathlib.Path
-        The trace directory.
+    trace : Trace
+        The trace, whatever its rank: tables are of all ranks.
     sql : str
         One SELECT (or DESCRIBE, SHOW, EXPLAIN) in DuckDB's dialect.
-    closed : bool
-        Whether the recording has ended, so that `trace.duckdb` can stand for it.
     max_rows : int, optional
         Fetch at most this many rows.
     memory_limit : str
@@ -53,8 +54,12 @@ def query(
     ------
     QueryError
         For a statement that writes, that fails, or that passes a limit.
+    TraceError
+        Where it names a table that is derived from the arrays, which cannot be kept.
     """
-    with _connect(trace, closed=closed, memory_limit=memory_limit) as connection:
+    if derived_asked(sql):
+        derive(trace)
+    with _connect(trace, memory_limit=memory_limit) as connection:
         _check_reading(connection, sql)
         timer = threading.Timer(timeout_s, connection.interrupt)
         timer.start()
@@ -79,6 +84,19 @@ def query(
             timer.cancel()
 
 
+def derived_asked(sql: str) -> bool:
+    """Whether a query names a table that is computed from the arrays, or a view over one."""
+    return not tables.derived_names().isdisjoint(re.findall(r"\w+", sql.lower()))
+
+
+def derive(trace: Trace) -> None:
+    """Compute the tables that stand on the arrays, unless they are there."""
+    rows = database.rows_by_rank(trace.path)
+    if not derived.files(trace.path, rows):
+        # Opened anew: this one's requests may be older than what the state says.
+        derived.make(type(trace)(trace.path), rows)
+
+
 def _first_rows(batches: pa.RecordBatchReader, max_rows: int) -> pa.Table:
     kept, count = [], 0
     for batch in batches:
@@ -90,9 +108,7 @@ def _first_rows(batches: pa.RecordBatchReader, max_rows: int) -> pa.Table:
 
 
 @contextmanager
-def _connect(
-    trace: Path, *, closed: bool, memory_limit: str
-) -> Iterator[duckdb.DuckDBPyConnection]:
+def _connect(trace: Trace, *, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
     settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": memory_limit,
         "autoinstall_known_extensions": "false",
@@ -104,25 +120,26 @@ def _connect(
         raise QueryError(_one_line(error)) from error
     with connection:
         connection.execute(database.QUIET)
-        if closed and _fresh_database(trace):
-            path = str((trace / DATABASE).resolve()).replace("'", "''")
-            connection.execute(f"attach '{path}' as trace (read_only)")
-            connection.execute("use trace")
-        else:
-            database.create_views(connection, trace)
+        if not (trace.closed and _attach(connection, trace.path)):
+            database.create_views(connection, trace.path)
             # The views read Parquet in place: the trace's own folder is all they may touch.
-            folder = str(trace.resolve()).replace("'", "''")
+            folder = str(trace.path.resolve()).replace("'", "''")
             connection.execute(f"set allowed_directories = ['{folder}/']")
         connection.execute("set enable_external_access = false")
         connection.execute("set lock_configuration = true")
         yield connection
 
 
-def _fresh_database(trace: Path) -> bool:
-    if database.is_fresh(trace):
-        return True
+def _attach(connection: duckdb.DuckDBPyConnection, trace: Path) -> bool:
+    """Attach `trace.duckdb`, made again where it is stale; False where it cannot be made."""
     try:
-        database.build(trace)
+        if not database.is_fresh(trace):
+            database.build(trace)
+        database.attach(connection, trace)
+        if not database.is_ours(connection):
+            database.detach(connection)
+            database.build(trace)
+            database.attach(connection, trace)
     except (OSError, duckdb.IOException):
         # A trace on a read-only disk: the views show the same tables, more slowly.
         return False

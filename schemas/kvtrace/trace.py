@@ -91,6 +91,11 @@ class Trace:
         return next((state for state in ("recording", "cut off") if state in found), "complete")
 
     @property
+    def closed(self) -> bool:
+        """Whether every process that recorded has finished."""
+        return all(store.closed for store in self._stores.values())
+
+    @property
     def rows(self) -> int:
         """Tokens processed, over all requests and ranks."""
         return self.places().rows
@@ -120,8 +125,7 @@ class Trace:
 
     def sql(self, query: str, **limits: Any) -> pa.Table:
         """Run one reading SQL statement over all ranks; see `kvtrace.sql.query` for limits."""
-        closed = all(store.closed for store in self._stores.values())
-        return sql.query(self.path, query, closed=closed, **limits)
+        return sql.query(self, query, **limits)
 
     @property
     def layers(self) -> list[Layer]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import kvtrace
-from kvtrace_viewer.derived.marks import find_marks
+from kvtrace.marks import find_marks
 from kvtrace_viewer.derived.source import LayerCache
 
 WIDTH, HEIGHT = 1440, 900

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvtrace.head_map import HeadMap
+from kvtrace.marks import find_marks
 from kvtrace.testing import SyntheticTrace
 from kvtrace.writer import LayerSpec
-from kvtrace_viewer.derived.marks import find_marks
-from kvtrace_viewer.derived.source import HeadMap
 from kvtrace_viewer.replay import replay
 
 

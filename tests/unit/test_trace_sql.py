@@ -104,7 +104,7 @@ def test_what_is_not_reading_is_refused(
 ) -> None:
     trace = synthetic_trace()
     if not closed:
-        monkeypatch.setattr("kvtrace.sql._fresh_database", lambda trace: False)
+        monkeypatch.setattr("kvtrace.sql._attach", lambda connection, trace: False)
     with pytest.raises(QueryError, match=message) as caught:
         trace.sql(query)
     assert "\n" not in str(caught.value)

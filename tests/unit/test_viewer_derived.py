@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from kvtrace.bytes_cache import BytesCache
+from kvtrace.head_map import HeadMap
+from kvtrace.marks import find_marks
+from kvtrace.model import Layer, LayerData
 from kvtrace_viewer.derived import tiles
-from kvtrace_viewer.derived.cache import BytesCache
 from kvtrace_viewer.derived.cells import cell
 from kvtrace_viewer.derived.encode import LOG_FLOOR, SCALES, encode
-from kvtrace_viewer.derived.marks import find_marks
 from kvtrace_viewer.derived.pooling import pool, sample
 
 Weights = NDArray[np.float32]
@@ -48,6 +50,15 @@ def uniform_map(num_tokens: int, planted: dict[int, float]) -> SyntheticMap:
         for key, share in here.items():
             weights[row, key] = share
     return SyntheticMap(weights)
+
+
+def head_of(source: SyntheticMap) -> HeadMap:
+    """The same map from queries and keys: with q = ln(weights) and k = 1 scores are its logs."""
+    n = source.num_tokens
+    spec = Layer(0, 0, "full", 1, 1, n, n, 1.0, None, None, False, None, 0, 0)
+    q = np.log(np.nan_to_num(source.weights) + 1e-30)[:, None]
+    k = np.eye(n, dtype=np.float32)[:, None]
+    return HeadMap(LayerData(spec, q, k, None, np.zeros((n, 1), np.float32)), 0)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -120,7 +131,7 @@ def test_long_cells_read_a_sample_of_their_rows_and_always_the_last() -> None:
 
 @pytest.mark.parametrize("total", [200, 600, 1500])
 def test_planted_sinks_and_heavy_hitters_are_found_at_any_length(total: int) -> None:
-    marks = find_marks(uniform_map(total, {0: 0.4, 7: 0.05}))
+    marks = find_marks(head_of(uniform_map(total, {0: 0.4, 7: 0.05})))
     assert [(mark.kind, mark.position) for mark in marks][:1] == [("sink", 0)]
     assert marks[0].strength == pytest.approx(0.4, abs=1e-3)
     heavy = {mark.position for mark in marks if mark.kind == "heavy"}
@@ -128,8 +139,8 @@ def test_planted_sinks_and_heavy_hitters_are_found_at_any_length(total: int) -> 
 
 
 def test_uniform_attention_has_no_marks() -> None:
-    assert find_marks(uniform_map(300, {})) == []
-    assert find_marks(SyntheticMap(np.zeros((0, 0)))) == []
+    assert find_marks(head_of(uniform_map(300, {}))) == []
+    assert find_marks(head_of(SyntheticMap(np.zeros((0, 0))))) == []
 
 
 def test_the_cache_stays_in_bounds_and_makes_a_value_once() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvtrace.bytes_cache import BytesCache
+from kvtrace.marks import Mark, find_marks
 from kvtrace.trace import Trace
-from kvtrace_viewer.derived.cache import BytesCache
 from kvtrace_viewer.derived.identity import identity
-from kvtrace_viewer.derived.marks import Mark, find_marks
 from kvtrace_viewer.derived.source import LayerCache
 from kvtrace_viewer.jobs import ReplayJobs
 from kvtrace_viewer.library import TraceLibrary

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 
 from kvtrace import attention
 from kvtrace.errors import InputError
+from kvtrace.head_map import HeadMap
 from kvtrace.trace import Trace
 from kvtrace_viewer.api.downloads import csv_response, file_response
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived import tiles
 from kvtrace_viewer.derived.encode import SCALES
 from kvtrace_viewer.derived.identity import identity
-from kvtrace_viewer.derived.source import HeadMap
 from kvtrace_viewer.derived.tokens import token_texts
 
 MAX_LEVEL = 24

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from kvtrace.errors import InputError
+from kvtrace.head_map import HeadMap
+from kvtrace.head_sums import head_sums
+from kvtrace.marks import marks_of, sink_distance
 from kvtrace.trace import Trace
-from kvtrace_viewer.derived.marks import key_sums, marks_of, sink_distance
-from kvtrace_viewer.derived.source import HeadMap
 
 #: Columns behind training_step, layer and head, in the order of `_shares`.
 _NAMES = ("first_token", "sinks", "sink_share", "heavy_hitters", "heavy_share")
@@ -64,10 +65,10 @@ def by_training_step(trace: Trace) -> pa.Table:
 
 
 def _shares(head: HeadMap) -> list[float]:
-    sums = key_sums(head, sink_distance(head))
+    sums = head_sums(head, sink_distance(head)).keys
     total = max(float(sums.received.sum()), np.finfo(float).tiny)
     values = [float(sums.far[0] / max(1.0, sums.far_queries[0])) if head.num_keys else 0.0]
-    marks = marks_of(head, sums)
+    marks = marks_of(sums)
     for kind in ("sink", "heavy"):
         positions = [mark.position for mark in marks if mark.kind == kind]
         values += [float(len(positions)), float(sums.received[positions].sum()) / total]

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Weights = NDArray[np.float32]
-
-
-class WeightSource(Protocol):
-    """One head's attention map, any part of it on demand: [num_tokens, num_keys]."""
-
-    num_tokens: int
-    num_keys: int
-
-    def visible_stop(self, last_row: int) -> int:
-        """One past the last key that queries up to `last_row` can see."""
-
-    def block(self, rows: NDArray[np.int64], key_start: int, key_stop: int) -> Weights:
-        """Weights [row, key] of the query positions given; NaN where a query cannot see a key."""
+from kvtrace.head_map import MAX_BLOCK_WEIGHTS, Weights, WeightSource
 
 
 @dataclass(frozen=True)
@@ -42,10 +28,6 @@ class Pooled:
     mean: Weights
     rows_per_cell: int
     rows_read: int
-
-
-# About 32 MB of float32 weights in flight.
-MAX_BLOCK_WEIGHTS = 8_000_000
 
 
 def pool(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from kvtrace.head_map import WeightSource
 from kvtrace_viewer.derived.encode import encode
-from kvtrace_viewer.derived.pooling import Pooled, WeightSource, pool
+from kvtrace_viewer.derived.pooling import Pooled, pool
 
 TILE_CELLS = 256
 TILE_ROWS_PER_CELL = 16

@@ -10,6 +10,7 @@ import dash
 import dash_mantine_components as dmc
 from dash import Input, Output, dcc, html
 
+from kvtrace.marks import HEAVY_FACTOR, SINK_DISTANCE, SINK_SHARE
 from kvtrace.model import Request
 from kvtrace.trace import Trace
 from kvtrace_viewer.components import (
@@ -24,7 +25,6 @@ from kvtrace_viewer.components import (
     status_line,
 )
 from kvtrace_viewer.context import Context
-from kvtrace_viewer.derived.marks import HEAVY_FACTOR, SINK_DISTANCE, SINK_SHARE
 from kvtrace_viewer.derived.tiles import rows_read_per_thumb_cell, thumb_cells
 from kvtrace_viewer.pages.common import (
     choose_request,
