@@ -7,7 +7,6 @@ recording is `kvtrace_recorder.session.keeping`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
+from kvtrace.numbers import Numbers, parse_numbers
 
 Bools = NDArray[np.bool_]
-#: As the user gives numbers: "0,4-7", or a sequence.
-Numbers = str | Sequence[int] | None
 
 MAX_BYTES = "4GiB"
 LAST_QUERIES = 64
@@ -122,8 +120,8 @@ def parse_selection(
     InputError
         For anything else.
     """
-    chosen = _numbers("layers", layers)
-    kept = _numbers("heads", heads)
+    chosen = parse_numbers("layers", layers)
+    kept = parse_numbers("heads", heads)
     return Selection(
         None if chosen is None else frozenset(chosen),
         kept,
@@ -145,25 +143,6 @@ def check_verify(verify: bool, detail: str) -> None:
             f"verify was asked for with detail {detail}; outputs are recomputed from q, k and v;"
             " record with --detail qkv"
         )
-
-
-def _numbers(name: str, given: Numbers) -> tuple[int, ...] | None:
-    if given is None:
-        return None
-    parts = given.split(",") if isinstance(given, str) else list(given)
-    found: set[int] = set()
-    for part in parts:
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part))
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if last < first:
-            raise InputError(
-                f"{name} is {given!r}; numbers from 0 and ranges were expected; write"
-                f" --{name} 0,4-7"
-            )
-        found.update(range(first, last + 1))
-    if not found:
-        raise InputError(f"{name} is empty; at least one number was expected; leave it out for all")
-    return tuple(sorted(found))
 
 
 def _queries(given: str) -> Queries:

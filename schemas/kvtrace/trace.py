@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,16 @@ class Trace:
 
     def table(self, name: str) -> pa.Table:
         """A whole table of schema.sql: rank after rank, each as it was written."""
-        if name in tables.REPLAY_TABLES:
-            parts = [store.table(name) for store in database.replay_parts(self.path)]
-        else:
-            parts = [index.table(name) for index in self._indexes.values()]
+        parts = list(self.table_parts(name))
         return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
+
+    def table_parts(self, name: str) -> Iterator[pa.Table]:
+        """The same, rank by rank and replay by replay."""
+        if name in tables.REPLAY_TABLES:
+            stores = database.replay_parts(self.path)
+        else:
+            stores = [index.store for index in self._indexes.values()]
+        return (store.table(name) for store in stores)
 
     def sql(self, query: str, **limits: Any) -> pa.Table:
         """Run one reading SQL statement over all ranks; see `kvtrace.sql.query` for limits."""

@@ -266,9 +266,9 @@ SELECT
     w.query, u.text AS query_text, w.attention, r.regret, r.misses
 FROM replay_wants w
 JOIN replay_regrets r USING (replay, request, layer, q_head, position)
--- By row: a forked sequence has rows of other requests. Ranks number their rows alike.
-LEFT JOIN tokens t ON t.row = w.row AND t.request // 1000000000 = w.request // 1000000000
-LEFT JOIN tokens u ON u.row = w.query_row AND u.request // 1000000000 = w.request // 1000000000;
+-- By row: a forked sequence has rows of other requests.
+LEFT JOIN tokens t ON t.row = w.row
+LEFT JOIN tokens u ON u.row = w.query_row;
 COMMENT ON VIEW evicted_but_needed IS 'Per evicted token and query head, the queries that needed it most: their text, and the attention they pay in the full cache. Filled by kvtrace replay --regret.';
 COMMENT ON COLUMN evicted_but_needed.replay IS 'The replay.';
 COMMENT ON COLUMN evicted_but_needed.request IS 'The request.';

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from kvtrace.errors import InputError, TraceError
 from kvtrace.layout import DETAIL_ARRAYS, rank_directory
+from kvtrace.numbers import Numbers
 from kvtrace.writer import check_choice
 from kvtrace_recorder.distributed import environment_launch, environment_rank
 from kvtrace_recorder.imports import AfterImport
@@ -19,7 +20,6 @@ from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.selection import (
     MAX_BYTES,
-    Numbers,
     Selection,
     check_verify,
     parse_selection,

@@ -83,7 +83,8 @@ def compute_regrets(
     with workers() as pool:
         for done, (request, layer) in enumerate(work, start=1):
             rows = trace.request_rows(request.request)
-            gone = {name: values[rows, layer] for name, values in evicted_at.items()}
+            places = trace.places().of(rows)
+            gone = {name: values[places, layer] for name, values in evicted_at.items()}
             heads = _heads(trace, request, layer)
             passed = pool.map(lambda head: _pass(head, gone, share), heads)  # noqa: B023
             for head, of_result in zip(heads, passed, strict=True):
@@ -129,7 +130,7 @@ def _work(
         if request.request not in cached:
             continue
         held = set(layers_replayed(trace, [request.request]))
-        rows = trace.request_rows(request.request)
+        rows = trace.places().of(trace.request_rows(request.request))
         for spec in cached_layers(trace, [request.request]):
             if spec.layer in held and any(
                 spec.layer < values.shape[1] and (values[rows, spec.layer] >= 0).any()
