@@ -311,3 +311,61 @@ COMMENT ON COLUMN replay_wants.query IS 'Position of the query that needed it.';
 COMMENT ON COLUMN replay_wants.attention IS 'What the query pays to it in the full cache.';
 COMMENT ON COLUMN replay_wants.row IS 'The row of the evicted token.';
 COMMENT ON COLUMN replay_wants.query_row IS 'The row of the query.';
+
+CREATE TABLE certificates (
+    replay VARCHAR, request BIGINT, created_ns BIGINT, model VARCHAR, rows BIGINT,
+    kl_mean DOUBLE, kl_p95 DOUBLE, kl_max DOUBLE, perplexity_full DOUBLE,
+    perplexity_evicted DOUBLE, agreement DOUBLE, diverges_at INTEGER, key_error DOUBLE,
+    generated_tokens INTEGER, generation_diverges_at INTEGER, generated_full VARCHAR,
+    generated_evicted VARCHAR, live_passes INTEGER, live_settled BOOLEAN, live_kl_mean DOUBLE,
+    live_jaccard DOUBLE, live_reason VARCHAR
+);
+COMMENT ON TABLE certificates IS 'Per replay and request that kvtrace verify has run: the real model on the same tokens with the replay''s kept sets enforced, against the model with its full cache.';
+COMMENT ON COLUMN certificates.replay IS 'The replay whose kept sets were enforced.';
+COMMENT ON COLUMN certificates.request IS 'The request whose tokens were run.';
+COMMENT ON COLUMN certificates.created_ns IS 'When.';
+COMMENT ON COLUMN certificates.model IS 'Where the model was loaded from.';
+COMMENT ON COLUMN certificates.rows IS 'Rows compared: those after the first cut.';
+COMMENT ON COLUMN certificates.kl_mean IS 'Mean KL divergence of the next token''s distribution, full cache from kept sets, in nats.';
+COMMENT ON COLUMN certificates.kl_p95 IS '95th percentile of the same over the rows.';
+COMMENT ON COLUMN certificates.kl_max IS 'The largest of the same.';
+COMMENT ON COLUMN certificates.perplexity_full IS 'Of the recorded tokens that follow the compared rows, with the full cache.';
+COMMENT ON COLUMN certificates.perplexity_evicted IS 'The same with the kept sets.';
+COMMENT ON COLUMN certificates.agreement IS 'Share of rows whose likeliest next token is the same.';
+COMMENT ON COLUMN certificates.diverges_at IS 'Position of the first row whose likeliest next token differs; null where none does.';
+COMMENT ON COLUMN certificates.key_error IS 'The model''s keys against the recorded ones: the worst layer''s ||k - recorded|| / ||recorded||.';
+COMMENT ON COLUMN certificates.generated_tokens IS 'Tokens generated greedily from the prompt, once with the full cache and once with the kept positions; null where none were.';
+COMMENT ON COLUMN certificates.generation_diverges_at IS 'Number of the first generated token that differs, from 0; null where none does.';
+COMMENT ON COLUMN certificates.generated_full IS 'Text generated with the full cache.';
+COMMENT ON COLUMN certificates.generated_evicted IS 'Text generated with the kept positions.';
+COMMENT ON COLUMN certificates.live_passes IS 'Runs it took to run the policy live, deciding from the evicting run''s own q, k and v; null where it was not.';
+COMMENT ON COLUMN certificates.live_settled IS 'Whether the last of them gave the kept sets it was run under, which are then those of the live run.';
+COMMENT ON COLUMN certificates.live_kl_mean IS 'As kl_mean, under the live kept sets.';
+COMMENT ON COLUMN certificates.live_jaccard IS 'Agreement of the live kept sets with the replayed ones: Jaccard index, mean over events, layers and KV heads.';
+COMMENT ON COLUMN certificates.live_reason IS 'Why the policy was not run live; null where it was.';
+
+CREATE TABLE certificate_steps (
+    replay VARCHAR, request BIGINT, position INTEGER, kl DOUBLE, nll_full DOUBLE,
+    nll_evicted DOUBLE, agrees BOOLEAN
+);
+COMMENT ON TABLE certificate_steps IS 'Per compared row of a certificate.';
+COMMENT ON COLUMN certificate_steps.replay IS 'The replay.';
+COMMENT ON COLUMN certificate_steps.request IS 'The request.';
+COMMENT ON COLUMN certificate_steps.position IS 'Position of the query token; the next token is what is predicted.';
+COMMENT ON COLUMN certificate_steps.kl IS 'KL divergence of the next token''s distribution, in nats.';
+COMMENT ON COLUMN certificate_steps.nll_full IS 'Negative log-likelihood of the recorded next token with the full cache, in nats; null after the last.';
+COMMENT ON COLUMN certificate_steps.nll_evicted IS 'The same with the kept sets.';
+COMMENT ON COLUMN certificate_steps.agrees IS 'Whether the likeliest next token is the same.';
+
+CREATE TABLE certificate_events (
+    replay VARCHAR, request BIGINT, position INTEGER, layer INTEGER, jaccard DOUBLE,
+    jaccard_worst DOUBLE, is_exact BOOLEAN
+);
+COMMENT ON TABLE certificate_events IS 'Per decision and layer: the kept sets of the policy run live beside the replayed ones.';
+COMMENT ON COLUMN certificate_events.replay IS 'The replay.';
+COMMENT ON COLUMN certificate_events.request IS 'The request.';
+COMMENT ON COLUMN certificate_events.position IS 'Position of the query after whose row was decided.';
+COMMENT ON COLUMN certificate_events.layer IS 'The layer.';
+COMMENT ON COLUMN certificate_events.jaccard IS 'Jaccard index of the two kept sets, mean over KV heads.';
+COMMENT ON COLUMN certificate_events.jaccard_worst IS 'The least over KV heads.';
+COMMENT ON COLUMN certificate_events.is_exact IS 'Whether the live set is that of a real run; false where the passes had not settled on it.';

@@ -25,6 +25,9 @@ REPLAY_TABLES = (
     "replay_ranks",
     "replay_regrets",
     "replay_wants",
+    "certificates",
+    "certificate_steps",
+    "certificate_events",
 )
 
 #: Tables computed from the arrays; derived.sql also says what made trace.duckdb.

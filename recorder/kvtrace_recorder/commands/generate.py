@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     name = Path(args.model).name
     out = Path(args.out or f"traces/{name}-{time.strftime('%Y%m%d-%H%M%S')}.kvtrace")
     check_new_path(out, force=args.force)
-    model, tokenizer = _load(args.model, args.attention)
+    model, tokenizer = load_model(args.model, args.attention)
     texts = _generate(model, tokenizer, prompts, args, out)
     for number, text in enumerate(texts, start=1):
         print(text if len(texts) == 1 else f"[{number}] {text}")
@@ -110,7 +110,21 @@ def _generate(
     return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _load(name: str, attention: str | None) -> tuple[Any, Any]:
+def load_model(name: str, attention: str | None) -> tuple[Any, Any]:
+    """Load a causal model in evaluation mode, and its tokenizer.
+
+    Parameters
+    ----------
+    name : str
+        A directory, a hub name, or demo.
+    attention : str or None
+        transformers' attn_implementation; None: the model's own choice.
+
+    Raises
+    ------
+    InputError
+        Where it cannot be reached or loaded.
+    """
     if name == "demo" and not Path(name).exists():
         from kvtrace_recorder.demo import MODEL_DIR
 

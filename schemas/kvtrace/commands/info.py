@@ -18,6 +18,19 @@ from kvtrace.cached import model_kinds
 from kvtrace.console import console, human_bytes
 from kvtrace.model import number_text
 
+#: What is said of a replay that `kvtrace verify` has run the model under.
+_CERTIFIED = (
+    "replay",
+    "request",
+    "rows",
+    "kl_mean",
+    "kl_p95",
+    "perplexity_full",
+    "perplexity_evicted",
+    "agreement",
+    "diverges_at",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -74,6 +87,10 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "verified": trace.table("verifications").to_pylist(),
         "gaps": trace.table("gaps").to_pylist(),
         "replays": trace.replays()["replay"].to_pylist(),
+        "certificates": [
+            {name: row[name] for name in _CERTIFIED}
+            for row in trace.table("certificates").to_pylist()
+        ],
         "replayable": _replayable(trace),
     }
 
@@ -135,6 +152,8 @@ def _show(found: dict[str, Any]) -> None:
     if found["verified"]:
         out.print(f"verified  {_verified(found['verified'])}")
     out.print(f"replays   {', '.join(found['replays']) or 'none yet: kvtrace replay'}")
+    for row in found["certificates"]:
+        out.print(_certificate(row), markup=False)
     for line in _gaps(found["gaps"]) or ["gaps      none"]:
         out.print(line)
     if not found["layers"]:
@@ -178,6 +197,15 @@ def _verified(rows: list[dict[str, Any]]) -> str:
     return (
         f"attention outputs of {sum(row['rows'] for row in rows)} rows recomputed from the trace:"
         f" largest relative error {worst['max_error']:.1e} (layer {worst['layer']})"
+    )
+
+
+def _certificate(row: dict[str, Any]) -> str:
+    before, after = row["perplexity_full"], row["perplexity_evicted"]
+    worse = "" if before is None else f", perplexity {before:.4g} -> {after:.4g}"
+    return (
+        f"certificate {row['replay']}, request {row['request']}: KL mean {row['kl_mean']:.4g}"
+        f" (p95 {row['kl_p95']:.4g}) nats{worse}, top-1 agreement {row['agreement']:.1%}"
     )
 
 

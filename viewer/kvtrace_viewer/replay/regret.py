@@ -116,9 +116,15 @@ def has_regrets(trace: Trace, name: str) -> bool:
 
 
 def stored_evictions(trace: Trace, name: str) -> NDArray[np.int32]:
-    """`evicted_at [row, layer, kv_head]` of a stored result."""
+    """`evicted_at [row, layer, kv_head]` of a stored result, -1 for rows that came after it."""
     array = trace.replay(name).array("evicted_at")
-    return np.asarray(array.read(0, array.shape[0]), np.int32)
+    values = array.read(0, array.shape[0])
+    now, then = trace.places(), trace.replay_places(name)
+    found = np.full((now.rows, *values.shape[1:]), -1, np.int32)
+    for rank, count in then.counts.items():
+        first = now.first[rank]
+        found[first : first + count] = values[then.first[rank] :][:count]
+    return found
 
 
 def _work(
