@@ -59,6 +59,9 @@ def query(
     """
     if derived_asked(sql):
         derive(trace)
+    if not trace.closed:
+        # The tables show what is committed now; the functions are to know those rows.
+        trace = type(trace)(trace.path)
     with _connect(trace, memory_limit=memory_limit) as connection:
         _check_reading(connection, sql)
         timer = threading.Timer(timeout_s, connection.interrupt)
@@ -125,6 +128,7 @@ def _connect(trace: Trace, *, memory_limit: str) -> Iterator[duckdb.DuckDBPyConn
             # The views read Parquet in place: the trace's own folder is all they may touch.
             folder = str(trace.path.resolve()).replace("'", "''")
             connection.execute(f"set allowed_directories = ['{folder}/']")
+        trace.functions.register(connection)
         connection.execute("set enable_external_access = false")
         connection.execute("set lock_configuration = true")
         yield connection
@@ -159,4 +163,6 @@ def _check_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n\nLINE")[0].split())
+    text = " ".join(str(error).split("\n\nLINE")[0].split())
+    # What our own functions raise is meant for the user; that they are Python's is not.
+    return re.sub(r"^Invalid Input Error: Python exception .*?: InputError: ", "", text)

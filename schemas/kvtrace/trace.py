@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvtrace import database, sql, tables
 from kvtrace.clocks import RankClock, rank_clocks
 from kvtrace.errors import InputError, TraceError
+from kvtrace.functions import ArrayFunctions
 from kvtrace.holdings import Holdings, joined
 from kvtrace.layout import REPLAYS
 from kvtrace.manifest import Manifest, is_trace, read_manifest
@@ -68,6 +69,8 @@ class Trace:
         chosen = self.ranks if self._rank is None else [self._rank]
         self._indexes = {rank: RankIndex(self.path, rank, self._stores[rank]) for rank in chosen}
         self._arrays = {rank: RankArrays(index) for rank, index in self._indexes.items()}
+        #: What SQL calls to reach the arrays, with what it read lately.
+        self.functions = ArrayFunctions(self)
 
     def __repr__(self) -> str:
         return f"<Trace {self.path} {self.status}, {self.rows} rows>"

@@ -224,3 +224,21 @@ def test_threads_that_build_at_once_do_not_meet(synthetic_trace: SyntheticTrace)
             lambda _: trace.sql("select count(*) as n from rows").to_pylist(), range(8)
         )
     assert list(found) == [[{"n": 43}]] * 8
+
+
+def test_without_a_query_the_verb_says_what_there_is_to_ask(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(synthetic_trace().path)
+    assert main(["sql", path]) == 0
+    out = capsys.readouterr().out
+    for name in ("kv_events", "sink_tokens", "key_attention", "mass(row, layer, head, from, to)"):
+        assert name in out
+    assert not (Path(path) / "cache").exists()
+    assert main(["sql", path, "--describe", "Head_Summary"]) == 0
+    assert "sink_share" in capsys.readouterr().out
+    assert main(["sql", path, "--describe", "nothing"]) == 1
+    assert "table 'nothing' was not found" in capsys.readouterr().err
+    assert main(["sql", path, "--derive"]) == 0
+    assert capsys.readouterr().out == ""
+    assert (Path(path) / "cache/derived/head_attention.parquet").exists()

@@ -1,6 +1,9 @@
 """Ask a trace in SQL.
 
 Read-only: one SELECT (or DESCRIBE, SHOW TABLES) in DuckDB's dialect, over the tables of the trace.
+Without one: what there is to ask, and what each table and view holds.
+
+The first query of sinks, heads or keys computes what attention says of them, once.
 
 Example: kvtrace sql traces/demo.kvtrace "select phase, count(*) from steps group by phase"
 """
@@ -18,18 +21,26 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.table import Table
+from rich.table import Column, Table
 
 import kvtrace
 from kvtrace.console import console
 from kvtrace.errors import InputError
-from kvtrace.sql import MEMORY_LIMIT, TIMEOUT_S
+from kvtrace.functions import FUNCTIONS
+from kvtrace.sql import MEMORY_LIMIT, TIMEOUT_S, derive
+from kvtrace.tables import catalog
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("trace", metavar="T", help="a .kvtrace directory")
-    parser.add_argument("query", metavar="SELECT", help="one SQL statement")
+    parser.add_argument(
+        "query", metavar="SELECT", nargs="?", help="one SQL statement; without: list the tables"
+    )
+    parser.add_argument("--describe", metavar="NAME", help="columns of a table or view, explained")
+    parser.add_argument(
+        "--derive", action="store_true", help="compute what the views of attention need, now"
+    )
     parser.add_argument(
         "--format",
         choices=("table", "json", "csv", "parquet"),
@@ -46,12 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print or write the result."""
+    trace = kvtrace.open(args.trace)
+    if args.derive:
+        derive(trace)
+    if args.describe is not None:
+        _print_columns(args.describe)
+    if args.query is not None:
+        _answer(trace, args)
+    elif args.describe is None and not args.derive:
+        _print_catalog(trace)
+    return 0
+
+
+def _answer(trace: kvtrace.Trace, args: argparse.Namespace) -> None:
     form = args.format or _form_of(args.out)
     if args.out is None and form == "parquet":
         raise InputError("parquet is a file format; --out FILE was expected")
     if args.out is not None and form == "table":
         raise InputError("a table is for reading, not for files; use --format csv, json or parquet")
-    trace = kvtrace.open(args.trace)
     found = trace.sql(args.query, memory_limit=args.memory_limit, timeout_s=args.timeout)
     if args.out is not None:
         _write(found, form, args.out)
@@ -59,7 +82,41 @@ def run(args: argparse.Namespace) -> int:
         _print_table(found)
     else:
         sys.stdout.write(_TEXTS[form](found))
-    return 0
+
+
+def _print_catalog(trace: kvtrace.Trace) -> None:
+    """Tables, views and functions: how many rows, and what they hold."""
+    recorded = [one.name for one in catalog() if one.kind == "recorded"]
+    counts = trace.sql(
+        " union all ".join(
+            f"select '{name}' as name, count(*) as n from {name}" for name in recorded
+        )
+    )
+    rows = dict(zip(counts["name"].to_pylist(), counts["n"].to_pylist(), strict=True))
+    table = Table("name", "kind", Column("rows", justify="right"), "what it holds")
+    # The views first: they are what most questions begin with.
+    for one in sorted(catalog(), key=lambda one: one.kind != "view"):
+        count = f"{rows[one.name]:,}" if one.name in rows else ""
+        table.add_row(one.name, one.kind, count, one.comment)
+    for function in FUNCTIONS:
+        table.add_row(function.signature, "function", "", function.comment)
+    console().print(table, markup=False)
+
+
+def _print_columns(name: str) -> None:
+    """The columns of a table or view, with their types and comments."""
+    found = next((one for one in catalog() if one.name == name.lower()), None)
+    if found is None:
+        raise InputError(
+            f"table {name!r} was not found; one of"
+            f" {', '.join(one.name for one in catalog())} was expected"
+        )
+    out = console()
+    out.print(f"{found.name} ({found.kind}): {found.comment}", markup=False)
+    table = Table("column", "type", "what it is")
+    for column in found.columns:
+        table.add_row(column.name, column.type, column.comment or "")
+    out.print(table, markup=False)
 
 
 def _form_of(out: Path | None) -> str:
