@@ -45,7 +45,9 @@ def check(path: Path) -> Report:
 def store_folders(trace: Path) -> list[Path]:
     """Folders of the ranks and of the replays, also those that have lost their journal."""
     found = [path for path in sorted(trace.glob("rank-*")) if path.is_dir()]
-    return found + [path for path in sorted(trace.glob(f"{REPLAYS}/[!.]*")) if path.is_dir()]
+    found += [path for path in sorted(trace.glob(f"{REPLAYS}/[!.]*")) if path.is_dir()]
+    # What was found out about a replay lies inside it.
+    return found + [path.parent for path in sorted(trace.glob(f"{REPLAYS}/[!.]*/[!.]*/{JOURNAL}"))]
 
 
 def _check_manifest(path: Path) -> Iterator[Problem]:
