@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
 
-from kvtrace.arrays import COMPRESSORS, Geometry, fill_value
+from kvtrace.arrays import Geometry, fill_value
 
 Rows = NDArray[np.int64]
 
@@ -32,17 +33,10 @@ class SumArrayWriter:
         Shape behind the row axis: (lanes, ...).
     dtype : numpy dtype
         Stored type, a float.
-    axes : list of str
-        Names of all axes.
     """
 
     def __init__(
-        self,
-        group: zarr.Group,
-        name: str,
-        tail: tuple[int, ...],
-        dtype: np.dtype[Any],
-        axes: list[str],
+        self, group: zarr.Group, name: str, tail: tuple[int, ...], dtype: np.dtype[Any]
     ) -> None:
         chunk = Geometry.of(tail, dtype).chunk
         self._tail = tail
@@ -52,9 +46,8 @@ class SumArrayWriter:
             chunks=(chunk, 1, *tail[1:]),
             dtype=dtype,
             fill_value=fill_value(dtype),
-            compressors=COMPRESSORS,
+            compressors=ZstdCodec(level=1),
             config={"write_empty_chunks": False},
-            attributes={"axes": axes},
         )
 
     def add(self, lane: int, rows: Rows, values: NDArray[Any]) -> None:
