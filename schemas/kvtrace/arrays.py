@@ -10,7 +10,7 @@ readers clip at the committed row count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from kvtrace.checksums import damaged, declaration_sum
+from kvtrace.layout import METADATA
 
 #: zarr-python costs about 0.5 ms per inner chunk, whatever its size; a shard is written as one.
 CHUNK_BYTES = 256 * 1024
@@ -26,12 +29,17 @@ CHUNKS_PER_SHARD = 8
 #: The tail is rewritten at every commit, so its chunks are small.
 TAIL_BYTES = 1024 * 1024
 
+#: What was compressed is what the checksum is of: nothing damaged is ever decompressed.
+COMPRESSORS = (ZstdCodec(level=1), Crc32cCodec())
+
+TAIL = ".tail"
+
 Array = NDArray[Any]
 
 
 def tail_name(name: str) -> str:
     """Name of the array that holds the rows behind the last full shard of `name`."""
-    return f"{name}.tail"
+    return name + TAIL
 
 
 def fill_value(dtype: np.dtype[Any]) -> float | int:
@@ -75,10 +83,17 @@ class RowArrayWriter:
         Shape behind the row axis: (lanes, ...).
     dtype : numpy dtype
         Stored type.
+    axes : list of str
+        Names of all axes.
     """
 
     def __init__(
-        self, group: zarr.Group, name: str, tail: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        group: zarr.Group,
+        name: str,
+        tail: tuple[int, ...],
+        dtype: np.dtype[Any],
+        axes: list[str],
     ) -> None:
         self.name, self.tail, self.dtype = name, tail, dtype
         self.geometry = Geometry.of(tail, dtype)
@@ -87,8 +102,10 @@ class RowArrayWriter:
         common: dict[str, Any] = {
             "dtype": dtype,
             "fill_value": fill_value(dtype),
-            "compressors": ZstdCodec(level=1),
+            "compressors": COMPRESSORS,
             "config": {"write_empty_chunks": False},
+            # Set later, they would be lost again: a resize writes what the array was made with.
+            "attributes": {"axes": axes},
         }
         self._sealed = group.create_array(
             name,
@@ -203,29 +220,55 @@ class RowArrayReader:
         Name of the array.
     state : callable
         Re-reads the journal and returns (committed rows, whether the store is closed).
+    declared : mapping of str to str
+        Checksums of what arrays declare, by name; empty in a trace of format 1.0.
     """
 
-    def __init__(self, folder: Path, name: str, state: Callable[[], tuple[int, bool]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        state: Callable[[], tuple[int, bool]],
+        declared: Mapping[str, str],
+    ) -> None:
         self._folder, self._name, self._state = folder, name, state
+        self._declared = declared
         self._rows, self._closed = state()
-        self._open()
+        try:
+            self._open()
+        except FileNotFoundError as error:
+            # The writer may have closed the store between our reading the journal and this.
+            was_closed = self._closed
+            self._rows, self._closed = state()
+            if was_closed or not self._closed:
+                raise damaged(folder / name, str(error)) from error
+            self._open()
 
     def _open(self) -> None:
-        self._sealed = zarr.open_array(self._folder / self._name, mode="r")
+        self._sealed = open_array(self._folder, self._name, self._declared)
         #: Of an array that is added to (see kvtrace.sums) every row stands in the array itself.
         self._whole = self._sealed.shards is None
-        self._tail = (
-            None
-            if self._closed or self._whole
-            else zarr.open_array(self._folder / tail_name(self._name), mode="r")
-        )
+        self._tail = None if self._closed or self._whole else self._open_tail()
         # The shard size is the array's own: another version may choose another.
         self._shard = (self._sealed.shards or self._sealed.chunks)[0]
+        if self._sealed.shape[0] < self._sealed_rows():
+            what = f"it has {self._sealed.shape[0]} rows, {self._sealed_rows()} were committed"
+            raise damaged(self._folder / self._name / METADATA, what)
+
+    def _open_tail(self) -> zarr.Array[Any]:
+        return open_array(self._folder, tail_name(self._name), self._declared)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Committed rows, lanes, and the rest."""
         return (self._rows, *self._sealed.shape[1:])
+
+    @property
+    def changing_from(self) -> int:
+        """First row whose chunk may still be written again; the committed rows where none."""
+        if self._closed:
+            return self._rows
+        return 0 if self._whole else self._sealed_rows()
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -239,6 +282,8 @@ class RowArrayReader:
         ------
         IndexError
             For rows that are not committed.
+        TraceError
+            Where what was committed is damaged.
         """
         while True:
             if not 0 <= start <= stop <= self._rows:
@@ -248,10 +293,10 @@ class RowArrayReader:
             sealed = self._sealed_rows()
             try:
                 values = self._read(start, stop, lane)
-            except (FileNotFoundError, KeyError):
+            except FileNotFoundError as error:
                 # The writer closed the store and removed the tail between two of our reads.
                 if not self._refresh():
-                    raise
+                    raise damaged(self._folder / self._name, str(error)) from error
                 continue
             # A tail chunk may be deleted only after a commit that seals its rows: if none came
             # while we read, or nothing came from the tail, what we read is whole.
@@ -277,11 +322,53 @@ class RowArrayReader:
         where: Any = slice(None) if lane is None else lane
         parts: list[Array] = []
         if start < sealed:
-            parts.append(np.asarray(self._sealed[start : min(stop, sealed), where]))
+            parts.append(self._fetch(self._sealed, start, min(stop, sealed), where))
         if stop > sealed and self._tail is not None:
             if stop > self._tail.shape[0]:
-                self._tail = zarr.open_array(self._folder / tail_name(self._name), mode="r")
-            parts.append(np.asarray(self._tail[max(start, sealed) : stop, where]))
+                self._tail = self._open_tail()
+            parts.append(self._fetch(self._tail, max(start, sealed), stop, where))
         if not parts:
             return np.asarray(self._sealed[0:0, where])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _fetch(self, array: zarr.Array[Any], start: int, stop: int, where: Any) -> Array:
+        path = self._folder / array.basename
+        if stop > array.shape[0]:
+            # zarr clips a slice in silence.
+            raise damaged(path, f"it has {array.shape[0]} rows, row {stop - 1} was committed")
+        try:
+            return np.asarray(array[start:stop, where])
+        except DAMAGE as error:
+            raise damaged(path, f"rows {start} to {stop - 1}: {error}") from error
+
+
+#: What zarr raises over a chunk that is not what was written: its checksum, its size.
+DAMAGE = (ValueError, RuntimeError, TypeError)
+
+
+def open_array(folder: Path, name: str, declared: Mapping[str, str]) -> zarr.Array[Any]:
+    """Open an array for reading, if it is what it was declared as.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The `arrays.zarr` folder.
+    name : str
+        Name of the array.
+    declared : mapping of str to str
+        Checksums of declarations by name; an array that is not in it is not checked.
+
+    Raises
+    ------
+    TraceError
+        Where it declares something else.
+    """
+    if name in declared:
+        metadata = folder / name / METADATA
+        try:
+            found = declaration_sum(metadata.read_bytes())
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(metadata, str(error)) from error
+        if found != declared[name]:
+            raise damaged(metadata, "its declaration changed")
+    return zarr.open_array(folder / name, mode="r")

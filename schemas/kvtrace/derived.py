@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from threadpoolctl import threadpool_limits
 
 from kvtrace import tables
+from kvtrace.checksums import FileSum, file_sum, verify_file
 from kvtrace.console import progress
 from kvtrace.errors import TraceError
 from kvtrace.head_map import HeadMap
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 DIRECTORY = f"{CACHE}/derived"
 _STATE = "made_from.json"
+#: Field of it that says what the files must be.
+_SUMS = "files"
 #: Rows of a table that are written together.
 _GROUP_ROWS = 100_000
 #: Two queries of one process that both need the tables: the second waits.
@@ -61,9 +64,15 @@ def files(trace: Path, rows: State) -> dict[str, Path]:
         made_from = json.loads((folder / _STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    if made_from != _state(rows):
+    found = {name: folder / f"{name}.parquet" for name in tables.DERIVED_TABLES}
+    try:
+        sums = {name: FileSum(*expected) for name, expected in made_from.pop(_SUMS).items()}
+        for name, path in found.items():
+            verify_file(path, sums[name])
+    except (KeyError, TypeError, AttributeError, TraceError):
+        # Damaged: made again.
         return {}
-    return {name: folder / f"{name}.parquet" for name in tables.DERIVED_TABLES}
+    return found if made_from == _state(rows) else {}
 
 
 def make(trace: Trace, rows: State) -> None:
@@ -90,7 +99,9 @@ def make(trace: Trace, rows: State) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             _write(trace, aside)
-            (aside / _STATE).write_text(json.dumps(_state(rows)), encoding="utf-8")
+            sums = {name: file_sum(aside / f"{name}.parquet") for name in tables.DERIVED_TABLES}
+            state = {**_state(rows), _SUMS: sums}
+            (aside / _STATE).write_text(json.dumps(state), encoding="utf-8")
             publish(aside, final)
         except OSError as error:
             raise TraceError(

@@ -1,7 +1,8 @@
 """The journal: an append-only file whose last whole line says what of a store is visible.
 
-Each line is the CRC-32 of its JSON in eight hex digits, a space, the JSON. A line that is cut off
-or damaged ends the journal: everything before it stands, nothing after it exists.
+Each line is the CRC-32 of its JSON in eight hex digits, a space, the JSON. A last line that was cut
+off never was: everything before it stands. A whole line with another checksum is damage, for lines
+are appended by one call and taken back where that fails.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvtrace.checksums import FileSum, damaged
 from kvtrace.errors import TraceError
 
 
@@ -33,6 +36,11 @@ class JournalState:
         Whether the writer finished; then no array has an open tail.
     complete : bool
         Whether it finished without an error.
+    files : dict of str to FileSum
+        What files must be that no longer change, by their path in the store; empty in a store
+        of format 1.0.
+    arrays : dict of str to str
+        Checksum of what each array's zarr.json declares; see `checksums.declaration_sum`.
     """
 
     commits: int = 0
@@ -40,6 +48,8 @@ class JournalState:
     segments: dict[str, list[str]] = field(default_factory=dict)
     closed: bool = False
     complete: bool = False
+    files: dict[str, FileSum] = field(default_factory=dict)
+    arrays: dict[str, str] = field(default_factory=dict)
 
     def apply(self, entry: dict[str, Any]) -> None:
         """Fold one committed line in."""
@@ -47,6 +57,8 @@ class JournalState:
         self.rows = int(entry["rows"])
         for table, files in entry["segments"].items():
             self.segments.setdefault(table, []).extend(files)
+        self.files |= {name: FileSum(*found) for name, found in entry.get("files", {}).items()}
+        self.arrays |= entry.get("arrays", {})
         self.closed = bool(entry["closed"])
         self.complete = bool(entry["complete"])
 
@@ -55,22 +67,54 @@ class JournalWriter:
     """Appends commits and holds a lock that dies with the process.
 
     The lock is how a reader tells a recording in progress from one that was killed.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        Made; must not exist.
+    durable : bool
+        Whether a line has reached the disk when `append` returns.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, durable: bool = False) -> None:
+        self._durable = durable
         # Without a buffer of its own: a forked child would write out what it inherited in one.
         self._file = path.open("xb", buffering=0)
         fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def append(
-        self, rows: int, segments: dict[str, list[str]], *, closed: bool, complete: bool
+        self,
+        rows: int,
+        segments: dict[str, list[str]],
+        *,
+        closed: bool,
+        complete: bool,
+        files: dict[str, FileSum] | None = None,
+        arrays: dict[str, str] | None = None,
     ) -> None:
-        """Commit: one write call, so a killed process leaves a whole line or a torn last one."""
+        """Commit: one write call, so a killed process leaves a whole line or a torn last one.
+
+        Raises
+        ------
+        OSError
+            Where the disk does not take the line; nothing of it is left then.
+        """
         entry = {"rows": rows, "segments": segments, "closed": closed, "complete": complete}
-        body = json.dumps(entry, separators=(",", ":")).encode()
-        line = b"%08x %s\n" % (zlib.crc32(body), body)
-        if self._file.write(line) != len(line):
-            raise OSError(errno.ENOSPC, "the journal's line was cut off")
+        # Absent where there is nothing to say: most commits declare no array.
+        more = {"files": files, "arrays": arrays}
+        entry |= {name: found for name, found in more.items() if found}
+        line = encode_line(entry)
+        start = self._file.tell()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "the journal's line was cut off")
+        except OSError:
+            # The next line must not follow half of this one.
+            self._file.truncate(start)
+            self._file.seek(start)
+            raise
+        if self._durable:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Release the lock."""
@@ -87,7 +131,13 @@ class JournalReader:
         self.refresh()
 
     def refresh(self) -> JournalState:
-        """Fold in the lines committed since the last call."""
+        """Fold in the lines committed since the last call.
+
+        Raises
+        ------
+        TraceError
+            Where the journal is missing or a line is damaged.
+        """
         try:
             with self.path.open("rb") as file:
                 file.seek(self._offset)
@@ -97,7 +147,9 @@ class JournalReader:
                 f"{self.path} is missing; a store begins with its journal; restore the file"
             ) from error
         for line in data.splitlines(keepends=True):
-            entry = _decode(line)
+            entry = decode_line(line)
+            if entry is None and line.endswith(b"\n"):
+                raise damaged(self.path, f"line {self.state.commits + 1}")
             if entry is None:
                 break
             self._offset += len(line)
@@ -115,7 +167,14 @@ class JournalReader:
             return False
 
 
-def _decode(line: bytes) -> dict[str, Any] | None:
+def encode_line(entry: dict[str, Any]) -> bytes:
+    """A line of the journal."""
+    body = json.dumps(entry, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def decode_line(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None where it is cut off or damaged."""
     if not line.endswith(b"\n") or len(line) < 10:
         return None
     body = line[9:-1]

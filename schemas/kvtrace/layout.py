@@ -4,8 +4,9 @@ from __future__ import annotations
 
 FORMAT_NAME = "kvtrace"
 #: Major versions do not read each other; a newer minor only adds.
-FORMAT_VERSION = "1.0"
-#: Features a reader must know to read a trace at all. None yet: 1.0 is the base.
+FORMAT_VERSION = "1.1"
+#: Features a reader must know to read a trace at all. None yet: 1.0 is the base, 1.1 added
+#: checksums of everything.
 KNOWN_FEATURES: frozenset[str] = frozenset()
 
 SUFFIX = ".kvtrace"
@@ -16,6 +17,8 @@ CACHE = "cache"
 JOURNAL = "journal"
 TABLES = "tables"
 ARRAYS = "arrays.zarr"
+#: What zarr says of an array or a group.
+METADATA = "zarr.json"
 
 #: Detail levels and the row arrays that each keeps.
 DETAIL_ARRAYS: dict[str, tuple[str, ...]] = {

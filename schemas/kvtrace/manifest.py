@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvtrace.checksums import FIELD, damaged, document_sum
 from kvtrace.errors import TraceError
 from kvtrace.layout import FORMAT_NAME, FORMAT_VERSION, KNOWN_FEATURES, MANIFEST
 
@@ -45,7 +46,9 @@ class Manifest:
     def write(self, trace: Path) -> None:
         """Write atomically."""
         temporary = trace / f".{MANIFEST}.{os.getpid()}"
-        temporary.write_text(json.dumps({"format": FORMAT_NAME, **asdict(self)}, indent=2) + "\n")
+        document = {"format": FORMAT_NAME, **asdict(self)}
+        document[FIELD] = document_sum(document)
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
         temporary.replace(trace / MANIFEST)
 
 
@@ -73,19 +76,32 @@ def read_manifest(path: Path) -> Manifest:
         )
     try:
         found: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if found.pop("format") != FORMAT_NAME:
+        if found["format"] != FORMAT_NAME:
             raise KeyError("format")
-        major = int(str(found["format_version"]).split(".")[0])
+        major, minor = (int(part) for part in str(found["format_version"]).split("."))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TraceError(
             f"{path} is not a kvtrace trace; a directory with a {MANIFEST} of ours was expected;"
             " give the path of a .kvtrace directory"
         ) from error
-    unknown = set(found.get("required_features", ())) - KNOWN_FEATURES
-    if major > int(FORMAT_VERSION.split(".")[0]) or unknown:
-        raise TraceError(
-            f"{path} has format {found['format_version']} {sorted(unknown) or ''}; this version"
-            f" reads up to {FORMAT_VERSION}; install kvtrace {found['kvtrace_version']} or newer"
-        )
+    _check_readable(path, found, major)
+    # Format 1.0 had no checksums.
+    if (minor or FIELD in found) and found.get(FIELD) != document_sum(found):
+        raise damaged(path / MANIFEST, "its checksum differs")
     known = {name: found[name] for name in Manifest.__dataclass_fields__ if name in found}
     return Manifest(**known)
+
+
+def _check_readable(path: Path, found: dict[str, Any], major: int) -> None:
+    ours = int(FORMAT_VERSION.split(".")[0])
+    remedy = f"install kvtrace {found.get('kvtrace_version')} or newer"
+    if major != ours:
+        raise TraceError(
+            f"{path} has format {found['format_version']}; this version reads {ours}.x; {remedy}"
+        )
+    unknown = sorted(set(found.get("required_features", ())) - KNOWN_FEATURES)
+    if unknown:
+        raise TraceError(
+            f"{path} needs the features {', '.join(unknown)}, which this version does not know;"
+            f" a trace without them was expected; {remedy}"
+        )

@@ -144,8 +144,8 @@ def _attach(connection: duckdb.DuckDBPyConnection, trace: Path) -> bool:
             database.detach(connection)
             database.build(trace)
             database.attach(connection, trace)
-    except (OSError, duckdb.IOException):
-        # A trace on a read-only disk: the views show the same tables, more slowly.
+    except (OSError, duckdb.Error):
+        # On a read-only disk, or damaged: the views show the same tables, more slowly.
         return False
     return True
 

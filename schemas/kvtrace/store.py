@@ -13,15 +13,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 
 from kvtrace import tables
-from kvtrace.arrays import RowArrayReader, RowArrayWriter
+from kvtrace.arrays import (
+    COMPRESSORS,
+    DAMAGE,
+    TAIL,
+    RowArrayReader,
+    RowArrayWriter,
+    open_array,
+    tail_name,
+)
+from kvtrace.checksums import damaged, declaration_sum, verify_file
 from kvtrace.errors import TraceError
-from kvtrace.journal import JournalReader, JournalWriter
-from kvtrace.layout import ARRAYS, JOURNAL, TABLES
+from kvtrace.files import ChunkStore, FileWriter
+from kvtrace.journal import JournalReader, JournalState, JournalWriter
+from kvtrace.layout import ARRAYS, JOURNAL, METADATA, TABLES
+from kvtrace.segments import encode_segment, read_segment
 from kvtrace.sums import SumArrayWriter
 
 Array = NDArray[Any]
@@ -34,13 +44,19 @@ class StoreWriter:
     ----------
     directory : pathlib.Path
         Created; must not exist as a store yet.
+    durable : bool
+        Whether a commit outlives a power cut: chunks, segments, their folders and the journal
+        reach the disk in this order before `commit` returns.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, durable: bool = False) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self._journal = JournalWriter(directory / JOURNAL)
-        self._group = zarr.open_group(directory / ARRAYS, mode="w-")
+        self._files = FileWriter(directory, durable=durable)
+        self._journal = JournalWriter(directory / JOURNAL, durable=durable)
+        self._group = zarr.open_group(ChunkStore(directory / ARRAYS, self._files), mode="w-")
+        # Arrays whose declarations the journal does not have yet.
+        self._undeclared: list[str] = []
         self._arrays: dict[str, RowArrayWriter] = {}
         self._sums: dict[str, SumArrayWriter] = {}
         self._pending: dict[str, list[pa.Table]] = {}
@@ -63,13 +79,15 @@ class StoreWriter:
         axes : str
             Comma-separated names of all axes, kept as the array's `axes` attribute.
         """
-        self._arrays[name] = RowArrayWriter(self._group, name, tail, np.dtype(dtype))
-        self._group[name].attrs["axes"] = axes.split(",")
+        self._arrays[name] = RowArrayWriter(
+            self._group, name, tail, np.dtype(dtype), axes.split(",")
+        )
+        self._undeclared += [name, tail_name(name)]
 
     def declare_sums(self, name: str, *, tail: tuple[int, ...], dtype: str, axes: str) -> None:
         """Create an array of shape [row, *tail] for `add_rows`; parameters as `declare_array`."""
-        self._sums[name] = SumArrayWriter(self._group, name, tail, np.dtype(dtype))
-        self._group[name].attrs["axes"] = axes.split(",")
+        self._sums[name] = SumArrayWriter(self._group, name, tail, np.dtype(dtype), axes.split(","))
+        self._undeclared.append(name)
 
     def add_rows(self, name: str, lane: int, rows: NDArray[np.int64], values: Array) -> None:
         """Add `values [n, *tail[1:]]` to rows of a lane that were made by `declare_sums`."""
@@ -77,13 +95,16 @@ class StoreWriter:
 
     def put_static(self, name: str, values: Array, axes: str) -> None:
         """Write an array that has no row axis (a weight matrix, say), whole."""
-        array = self._group.create_array(name, data=values)
-        array.attrs["axes"] = axes.split(",")
+        self._group.create_array(
+            name, data=values, compressors=COMPRESSORS, attributes={"axes": axes.split(",")}
+        )
+        self._undeclared.append(name)
 
     def append(self, table: str, values: Mapping[str, Sequence[Any] | Array]) -> None:
         """Buffer rows of a table until the next commit; columns not given are null."""
         batch = tables.to_arrow(table, values)
-        self._pending.setdefault(table, []).append(batch)
+        if batch.num_rows:
+            self._pending.setdefault(table, []).append(batch)
 
     def append_lane(self, name: str, lane: int, values: Array) -> None:
         """Add rows to one lane of an array: `values [n, *tail[1:]]`."""
@@ -126,6 +147,8 @@ class StoreWriter:
                 array.finish(self.rows)
             for sums in self._sums.values():
                 sums.finish(self.rows)
+            for name in self._arrays:
+                self._files.forget(f"{ARRAYS}/{tail_name(name)}/")
             self._commit_line(closed=True, complete=complete)
             for array in self._arrays.values():
                 array.drop_tail()
@@ -141,15 +164,29 @@ class StoreWriter:
         return counts.pop() if counts else self.rows
 
     def _commit_line(self, *, closed: bool, complete: bool) -> None:
-        written = {name: [self._write_segment(name)] for name in list(self._pending)}
-        self._journal.append(self.rows, written, closed=closed, complete=complete)
+        segments = {name: [self._write_segment(name)] for name in list(self._pending)}
+        declared, self._undeclared = self._undeclared, []
+        arrays = {
+            name: declaration_sum((self.directory / ARRAYS / name / METADATA).read_bytes())
+            for name in declared
+        }
+        files = self._files.take(lambda name: closed or not self._changes(name))
+        self._files.sync_folders()
+        self._journal.append(
+            self.rows, segments, closed=closed, complete=complete, files=files, arrays=arrays
+        )
+
+    def _changes(self, file: str) -> bool:
+        """Whether a file may be written again: what an array declares, tails and sums."""
+        kind, name, *rest = file.split("/")
+        if kind != ARRAYS:
+            return False
+        return not rest or rest == [METADATA] or name in self._sums or name.endswith(TAIL)
 
     def _write_segment(self, table: str) -> str:
         name = f"{TABLES}/{table}/{self._segments:08d}.parquet"
         self._segments += 1
-        path = self.directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.concat_tables(self._pending.pop(table)), path, compression="zstd")
+        self._files.write(name, encode_segment(pa.concat_tables(self._pending.pop(table))))
         return name
 
 
@@ -191,9 +228,26 @@ class StoreReader:
         """Whether a process is still writing."""
         return not self.closed and self._journal.writer_alive()
 
+    @property
+    def state(self) -> JournalState:
+        """What the journal says, as of the last refresh."""
+        return self._journal.state
+
     def segments(self, table: str) -> list[Path]:
-        """Committed Parquet files of a table, in order of writing."""
-        return [self.directory / name for name in self._journal.state.segments.get(table, [])]
+        """Committed Parquet files of a table, in order of writing.
+
+        Raises
+        ------
+        TraceError
+            Where one is not what was written.
+        """
+        found = []
+        for name in self.state.segments.get(table, []):
+            path = self.directory / name
+            if name in self.state.files:
+                verify_file(path, self.state.files[name])
+            found.append(path)
+        return found
 
     def table(self, name: str) -> pa.Table:
         """All committed rows of a table, in order of writing.
@@ -204,12 +258,19 @@ class StoreReader:
             Where a segment that the journal lists is missing or damaged.
         """
         schema = tables.arrow_schemas()[name]
-        parts = [_read_segment(path, schema) for path in self.segments(name)]
+        state = self.state
+        parts = [
+            read_segment(self.directory / file, schema, state.files.get(file))
+            for file in state.segments.get(name, [])
+        ]
         return pa.concat_tables(parts) if parts else schema.empty_table()
 
     def has_array(self, name: str) -> bool:
         """Whether the store has an array of this name."""
-        return (self.directory / ARRAYS / name / "zarr.json").exists()
+        if self.state.arrays:
+            return name in self.state.arrays
+        # Format 1.0: or a store without arrays.
+        return (self.directory / ARRAYS / name / METADATA).exists()
 
     def array(self, name: str) -> RowArrayReader:
         """A row array, clipped at the committed rows.
@@ -225,35 +286,28 @@ class StoreReader:
                     f"{self.directory} has no array {name!r}; it was not recorded;"
                     " record again with more detail"
                 )
-            self._arrays[name] = RowArrayReader(self.directory / ARRAYS, name, self._array_state)
+            self._arrays[name] = RowArrayReader(
+                self.directory / ARRAYS, name, self._array_state, self.state.arrays
+            )
         return self._arrays[name]
 
     def static(self, name: str) -> Array:
-        """An array without a row axis, whole."""
-        return np.asarray(zarr.open_array(self.directory / ARRAYS / name, mode="r")[...])
+        """An array without a row axis, whole.
+
+        Raises
+        ------
+        TraceError
+            Where it is damaged.
+        """
+        array = open_array(self.directory / ARRAYS, name, self.state.arrays)
+        try:
+            return np.asarray(array[...])
+        except DAMAGE as error:
+            raise damaged(self.directory / ARRAYS / name, str(error)) from error
 
     def _array_state(self) -> tuple[int, bool]:
         state = self._journal.refresh()
         return state.rows, state.closed
-
-
-def _read_segment(path: Path, schema: pa.Schema) -> pa.Table:
-    try:
-        found = pq.read_table(path, partitioning=None)
-    except (OSError, pa.ArrowException) as error:
-        raise TraceError(
-            f"{path} cannot be read ({error}); the journal lists it; restore the file"
-        ) from error
-    # A trace of an older minor version may lack a column that was added since.
-    return pa.table(
-        {
-            field.name: found[field.name].cast(field.type)
-            if field.name in found.column_names
-            else pa.nulls(found.num_rows, type=field.type)
-            for field in schema
-        },
-        schema=schema,
-    )
 
 
 def publish(temporary: Path, final: Path) -> None:

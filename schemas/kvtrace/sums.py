@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import ZstdCodec
 
-from kvtrace.arrays import Geometry, fill_value
+from kvtrace.arrays import COMPRESSORS, Geometry, fill_value
 
 Rows = NDArray[np.int64]
 
@@ -33,10 +32,17 @@ class SumArrayWriter:
         Shape behind the row axis: (lanes, ...).
     dtype : numpy dtype
         Stored type, a float.
+    axes : list of str
+        Names of all axes.
     """
 
     def __init__(
-        self, group: zarr.Group, name: str, tail: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        group: zarr.Group,
+        name: str,
+        tail: tuple[int, ...],
+        dtype: np.dtype[Any],
+        axes: list[str],
     ) -> None:
         chunk = Geometry.of(tail, dtype).chunk
         self._tail = tail
@@ -46,8 +52,9 @@ class SumArrayWriter:
             chunks=(chunk, 1, *tail[1:]),
             dtype=dtype,
             fill_value=fill_value(dtype),
-            compressors=ZstdCodec(level=1),
+            compressors=COMPRESSORS,
             config={"write_empty_chunks": False},
+            attributes={"axes": axes},
         )
 
     def add(self, lane: int, rows: Rows, values: NDArray[Any]) -> None:

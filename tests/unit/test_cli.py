@@ -68,7 +68,7 @@ def test_info_says_what_the_contract_asks(
     trace = synthetic_trace()
     assert cli.main(["info", str(trace.path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["format_version"] == "1.0"
+    assert found["format_version"] == "1.1"
     assert (found["rows"], found["requests"], found["layers"]) == (43, 1, 2)
     assert found["complete"] is True
     assert found["source"] == "synthetic"

@@ -28,14 +28,15 @@ def test_a_journal_cut_at_any_byte_ends_at_its_last_whole_line(tmp_path: Path) -
         assert state.commits == sum(length <= cut for length in lengths)
 
 
-def test_a_damaged_line_ends_the_journal_before_it(tmp_path: Path) -> None:
+def test_a_damaged_line_is_an_error(tmp_path: Path) -> None:
     lengths = write(tmp_path / "journal", 3)
     whole = bytearray((tmp_path / "journal").read_bytes())
     for at in range(lengths[0], lengths[1]):
         damaged = bytearray(whole)
         damaged[at] ^= 1
         (tmp_path / "damaged").write_bytes(damaged)
-        assert JournalReader(tmp_path / "damaged").state.commits <= 1
+        with pytest.raises(TraceError, match="line 2"):
+            JournalReader(tmp_path / "damaged")
 
 
 def test_refresh_reads_on_from_where_it_was(tmp_path: Path) -> None:

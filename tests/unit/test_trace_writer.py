@@ -8,6 +8,7 @@ import pytest
 
 import kvtrace
 from kvtrace import InputError, TraceError
+from kvtrace.checksums import document_sum
 from kvtrace.testing import SyntheticTrace, write_synthetic
 from kvtrace.writer import LayerSpec, TraceWriter
 
@@ -170,6 +171,7 @@ def test_a_newer_major_format_is_refused_with_what_to_install(
     with pytest.raises(TraceError, match=r"install kvtrace 9\.1"):
         kvtrace.open(path)
     manifest.update(format_version="1.9")
+    manifest["checksum"] = document_sum(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert kvtrace.open(path).rows == 43
 
