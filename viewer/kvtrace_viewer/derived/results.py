@@ -16,11 +16,29 @@ from kvtrace.trace import Trace
 
 
 def replay_rows(trace: Trace) -> list[dict[str, Any]]:
-    """Rows of table `replays` with NaN as None and a label to show, in the order they were made."""
+    """Rows of table `replays` in the order they were made, NaN as None.
+
+    With a label to show, and `kl` and `agreement` where the model was run under the kept sets.
+    """
     rows = [
         {name: _finite(value) for name, value in row.items()} for row in trace.replays().to_pylist()
     ]
-    return [row | {"label": label(row)} for row in rows]
+    certified = _certified(trace)
+    return [row | {"label": label(row)} | certified.get(row["replay"], {}) for row in rows]
+
+
+def _certified(trace: Trace) -> dict[str, dict[str, float]]:
+    """`kl` and `agreement` over all rows of the requests of each certified replay."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in trace.table("certificates").to_pylist():
+        found.setdefault(row["replay"], []).append(row)
+    return {
+        replay: {
+            name: sum(row[column] * row["rows"] for row in rows) / sum(row["rows"] for row in rows)
+            for name, column in (("kl", "kl_mean"), ("agreement", "agreement"))
+        }
+        for replay, rows in found.items()
+    }
 
 
 def label(row: dict[str, Any]) -> str:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kvtrace_viewer.pages import attention, replay, runs, sql
+from kvtrace_viewer.pages import attention, regret, replay, runs, sql
 
-PAGES = (runs, attention, replay, sql)
+PAGES = (runs, attention, replay, regret, sql)

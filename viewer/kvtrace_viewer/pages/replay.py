@@ -69,6 +69,8 @@ COLUMNS = [
         valueGetter={"function": "kvSinks(params.data)"},
     ),
     number_column("output_error", "Output error", width=112, valueFormatter=SHARE),
+    number_column("kl", "KL, measured", width=116, valueFormatter=SHARE),
+    number_column("agreement", "Top-1", width=80, valueFormatter=SHARE),
     number_column("ties", "Ties", width=78),
 ]
 
