@@ -146,7 +146,7 @@ class JournalReader:
             raise TraceError(
                 f"{self.path} is missing; a store begins with its journal; restore the file"
             ) from error
-        for line in data.splitlines(keepends=True):
+        for line in split_lines(data):
             entry = decode_line(line)
             if entry is None and line.endswith(b"\n"):
                 raise damaged(self.path, f"line {self.state.commits + 1}")
@@ -171,6 +171,12 @@ def encode_line(entry: dict[str, Any]) -> bytes:
     """A line of the journal."""
     body = json.dumps(entry, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def split_lines(data: bytes) -> list[bytes]:
+    """Lines with their newlines, and nothing else that Python takes for the end of a line."""
+    *whole, rest = data.split(b"\n")
+    return [*(line + b"\n" for line in whole), *([rest] if rest else [])]
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ MANIFEST = "manifest.json"
 DATABASE = "trace.duckdb"
 REPLAYS = "replays"
 CACHE = "cache"
+#: Where `kvtrace check --repair` moves what is damaged.
+QUARANTINE = "quarantine"
 JOURNAL = "journal"
 TABLES = "tables"
 ARRAYS = "arrays.zarr"

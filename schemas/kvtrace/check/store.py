@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from kvtrace import tables
-from kvtrace.arrays import TAIL, RowArrayReader, open_array
+from kvtrace.arrays import TAIL, RowArrayReader, open_array, tail_name
 from kvtrace.check.report import Problem, Status
 from kvtrace.checksums import file_sum
 from kvtrace.errors import TraceError
-from kvtrace.journal import JournalState, decode_line
-from kvtrace.layout import ARRAYS, JOURNAL, TABLES
+from kvtrace.journal import JournalState, decode_line, split_lines
+from kvtrace.layout import ARRAYS, JOURNAL, METADATA, TABLES
 from kvtrace.segments import read_segment
 from kvtrace.store import StoreReader
 
@@ -63,7 +63,7 @@ class StoreCheck:
     def check_journal(self) -> Iterator[Problem]:
         """Its lines, up to the first damaged one; sets `state`."""
         try:
-            lines = (self.directory / JOURNAL).read_bytes().splitlines(keepends=True)
+            lines = split_lines((self.directory / JOURNAL).read_bytes())
         except OSError as error:
             yield self.problem(JOURNAL, str(error), "everything in this folder")
             return
@@ -145,7 +145,9 @@ class StoreCheck:
             for first in range(start, state.rows, ROWS):
                 reader.read(first, min(first + ROWS, state.rows))
         except (TraceError, OSError) as error:
-            yield self.problem(f"{ARRAYS}/{name}", str(error), f"array {name}")
+            # What a commit listed was compared before: this is of the rows behind it.
+            place = tail_name(name) if tail_name(name) in state.arrays else name
+            yield self.problem(f"{ARRAYS}/{place}", str(error), self.lost(f"{ARRAYS}/{place}"))
 
     def _check_static(self, name: str) -> Iterator[Problem]:
         try:
@@ -161,7 +163,9 @@ class StoreCheck:
             return f"rows of table {name}: 1 of its {count} segments"
         if rest[:1] == ["c"] and len(rest) > 2:
             return self._lost_rows(name, int(rest[1]), int(rest[2]))
-        return f"array {name}" if rest else "nothing"
+        if name.endswith(TAIL):
+            return f"rows of array {name.removesuffix(TAIL)} since its last full shard"
+        return "" if name == METADATA else f"array {name}"
 
     def _lost_rows(self, name: str, shard: int, lane: int) -> str:
         try:
