@@ -107,11 +107,12 @@ def _run(
 
     try:
         # Imported here because it pulls in numba, which takes a second the first time.
-        from kvtrace_viewer.replay import replay
+        from kvtrace_viewer.replay import parse_policy, replay
 
         results = replay(
             trace,
-            policies=policies,
+            # A browser names policies; it must not name files, whose code would run.
+            policies=[parse_policy(policy, files=False) for policy in policies],
             budgets=budgets,
             when=when,
             requests=requests,

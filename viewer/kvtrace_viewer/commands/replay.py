@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME[:KEY=VALUE,...]",
-        help="a policy and its parameters; may be given several times (list below)",
+        help="a policy and its parameters, or one of your own as FILE.py:Class[:KEY=VALUE,...]; "
+        "may be given several times (list below)",
     )
     parser.add_argument(
         "--budget",
@@ -128,12 +129,18 @@ def _regrets(trace: kvtrace.Trace, results: list[Result]) -> dict[str, dict[str,
 
 
 def _policies() -> str:
-    from kvtrace_viewer.replay import POLICIES
+    from kvtrace_viewer.replay.plugins import known_names, named_policy
     from kvtrace_viewer.replay.spec import describe, idea
 
     lines = []
-    for name, kind in POLICIES.items():
-        lines += [f"  {name:<16} {idea(kind)}", f"  {'':<16} takes {describe(kind)}"]
+    for name in known_names():
+        try:
+            kind = named_policy(name)
+        except InputError as error:
+            lines.append(f"  {name:<20} {error}")
+            continue
+        if kind is not None:
+            lines += [f"  {name:<20} {idea(kind)}", f"  {'':<20} takes {describe(kind)}"]
     return "\n".join(lines)
 
 

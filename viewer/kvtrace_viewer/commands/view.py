@@ -37,12 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="port to serve on (default: 8050)"
     )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="FILE.py:Class",
+        help="offer a policy of your own on the replay page; may be given several times",
+    )
     parser.add_argument("--open", action="store_true", help="open the browser")
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
     check_directory(args.directory)
+    offer(args.policy)
     listening = listen(args.host, args.port)
     port = listening.getsockname()[1]
     address = f"http://{browsable(args.host)}:{port}"
@@ -74,6 +82,16 @@ def serve(
         asyncio.run(server.serve(sockets=[listening]))
     except KeyboardInterrupt:
         return
+
+
+def offer(policies: list[str]) -> None:
+    """Make policies of files known by their names."""
+    if policies:
+        # Imported here because it pulls in numba, which takes a second the first time.
+        from kvtrace_viewer.replay import plugins
+
+        for text in policies:
+            plugins.add(text)
 
 
 def check_directory(directory: Path) -> None:

@@ -28,7 +28,8 @@ class PolicyHelp:
 def policy_help() -> list[PolicyHelp]:
     """Every installed policy, the simplest first."""
     # Imported here because it pulls in numba, which takes a second the first time.
-    from kvtrace_viewer.replay import POLICIES, Policy
+    from kvtrace_viewer.replay import Policy
+    from kvtrace_viewer.replay.plugins import known_policies
 
     usual = {field.name: field.default for field in fields(Policy)}
     return [
@@ -41,12 +42,13 @@ def policy_help() -> list[PolicyHelp]:
                 if field.name not in usual or field.default != usual[field.name]
             ),
         )
-        for name, policy in POLICIES.items()
+        for name, policy in known_policies().items()
     ]
 
 
 def _parameter(field: Field[Any]) -> tuple[str, str]:
-    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    from kvtrace_viewer.replay.spec import shown
+
     unit = field.metadata.get("unit") or ""
     words = field.metadata.get("help") or ""
-    return f"{field.name}={default}", f"{words} ({unit})" if unit else words
+    return f"{field.name}={shown(field.default)}", f"{words} ({unit})" if unit else words

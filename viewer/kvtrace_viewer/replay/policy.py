@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from kvtrace_viewer.replay.amounts import Amount, Budget, parse_amount
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cache, Cuts, present
-from kvtrace_viewer.replay.sharing import cut_together
+from kvtrace_viewer.replay.checks import check_scores
+from kvtrace_viewer.replay.sharing import ScoreHeld, cut_together
 from kvtrace_viewer.replay.when import When
 
 NONE = Amount(0, None, "0")
@@ -116,18 +117,22 @@ class Policy:
         """
         raise NotImplementedError
 
+    def see(self, block: Block, cuts: Cuts, state: Any) -> None:
+        """See a block before its decisions, where `needs_held`: the place to update `state`."""
+
     def decide(self, block: Block, cuts: Cuts, state: Any, cache: Cache) -> None:
         """Make the decisions of a block."""
         if not self.needs_held:
-            cache.cut(cuts, self.scores(block, cuts, state))
+            cache.cut(cuts, self._checked_scores(block, cuts, state))
             return
+        self.see(block, cuts, state)
         for row in cuts.rows:
             one = cuts.within(row, row + 1)
             lines = np.zeros((one.limits.shape[1], 1, row + 1))
             for b, limit in enumerate(one.limits[0]):
                 held = cache.held_before(int(row), b)
                 if len(held) > limit:
-                    lines[b, 0, held] = self.score_held(held, int(limit), int(row), block, state)
+                    lines[b, 0, held] = self._checked_held(held, int(limit), row, block, state)
             cache.cut(one, lines)
 
     def decide_layer(
@@ -138,18 +143,37 @@ class Policy:
         caches: Sequence[Cache],
     ) -> None:
         """Make the decisions of a block in all heads of a layer, where `shares_heads`."""
-        lines = [] if self.needs_held else list(map(self.scores, blocks, cuts, states))
-
-        def score_held(
-            h: int, c: int, b: int, held: NDArray[np.int64], limit: int
-        ) -> NDArray[np.float64]:
-            if self.needs_held:
-                row = int(cuts[h].rows[c])
-                return self.score_held(held, limit, row, blocks[h], states[h])
-            line: NDArray[np.float64] = lines[h] if lines[h].ndim == 2 else lines[h][b]
-            return np.asarray(line[c, held])
-
+        score_held = self.layer_scores(blocks, cuts, states)
         cut_together(cuts, caches, blocks[0].stop, score_held, self.allocate)
+
+    def layer_scores(
+        self, blocks: Sequence[Block], cuts: Sequence[Cuts], states: Sequence[Any]
+    ) -> ScoreHeld:
+        """Return what scores held tokens by (head, cut, budget, held, limit), where shared."""
+        if self.needs_held:
+            for one in zip(blocks, cuts, states, strict=True):
+                self.see(*one)
+            return lambda h, c, b, held, limit: self._checked_held(
+                held, limit, cuts[h].rows[c], blocks[h], states[h]
+            )
+        lines = list(map(self._checked_scores, blocks, cuts, states))
+        return lambda h, c, b, held, limit: np.asarray(
+            lines[h][c, held] if lines[h].ndim == 2 else lines[h][b % len(lines[h]), c, held]
+        )
+
+    def _checked_scores(self, block: Block, cuts: Cuts, state: Any) -> NDArray[np.float64]:
+        scores = self.scores(block, cuts, state)
+        if not len(cuts.rows):
+            return scores
+        per_key = (len(cuts.rows), block.stop)
+        shapes = (per_key, (1, *per_key), (cuts.limits.shape[1], *per_key))
+        return check_scores(self, "scores", scores, cuts.rows, *dict.fromkeys(shapes))
+
+    def _checked_held(
+        self, held: NDArray[np.int64], limit: int, row: int, block: Block, state: Any
+    ) -> NDArray[np.float64]:
+        scores = self.score_held(held, limit, int(row), block, state)
+        return check_scores(self, "score_held", scores, np.array([row]), held.shape)
 
     def allocate(
         self, scores: list[NDArray[np.float64]], limits: NDArray[np.int64]
@@ -215,11 +239,15 @@ class Policy:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: str(v) if isinstance(v, Amount) else v for k, v in values.items()}
 
+    def defaults(self) -> dict[str, Any]:
+        """As `parameters`, of the same policy where nothing is given."""
+        return type(self)().parameters()
+
     @property
     def spec(self) -> str:
         """The policy as `name:key=value,...`, defaults left out."""
-        defaults = type(self)().parameters()
-        given = [f"{k}={_text(v)}" for k, v in self.parameters().items() if v != defaults[k]]
+        defaults = self.defaults()
+        given = [f"{k}={_text(v)}" for k, v in self.parameters().items() if v != defaults.get(k)]
         return self.name + (":" + ",".join(given) if given else "")
 
 

@@ -21,6 +21,7 @@ from kvtrace_viewer.replay.block import Head
 from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
 from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.measure import Measures
+from kvtrace_viewer.replay.plugins import mistakes_explained
 from kvtrace_viewer.replay.policy import Policy
 from kvtrace_viewer.replay.replayable import check, layers_held, left_out
 from kvtrace_viewer.replay.result import ReplayedRequest, Result
@@ -98,7 +99,7 @@ def replay(
     chosen = _requests(trace, requests)
     check(trace, [r.request for r in chosen], [(pair.policy, pair.when) for pair in pairs])
     work = _Work(trace, chosen, pairs, measures or Measures(), progress or (lambda share: None))
-    with workers() as pool:
+    with workers() as pool, mistakes_explained():
         for request in chosen:
             work.add(request, pool, of=sum(r.tokens for r in chosen))
     results = [work.result(p) for p in range(len(pairs))]

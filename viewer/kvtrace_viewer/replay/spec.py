@@ -1,57 +1,63 @@
-"""Policies as users write them: `name[:key=value,...]`."""
+"""Policies as users write them: `name[:key=value,...]` or `file.py:Class[:key=value,...]`."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
 from kvtrace.errors import InputError
-from kvtrace_viewer.replay.amounts import Amount
-from kvtrace_viewer.replay.policies import POLICIES
+from kvtrace_viewer.replay.amounts import Amount, parse_amount
+from kvtrace_viewer.replay.plugins import FILE, known_names, load_policy, named_policy
 from kvtrace_viewer.replay.policy import Policy
 
+Values = dict[str, str]
 
-def parse_policy(text: str | Policy) -> Policy:
-    """Make a policy from `name[:key=value,...]`.
+
+def parse_policy(text: str | Policy, *, files: bool = True) -> Policy:
+    """Make a policy from `name[:key=value,...]` or `file.py:Class[:key=value,...]`.
+
+    A policy that has another one inside (`base=snapkv`) hands it the keys that it does not
+    declare itself: `chunkkv:base=snapkv,window=16,chunk=8`.
+
+    Parameters
+    ----------
+    text : str or Policy
+        A policy is returned as it is.
+    files : bool
+        Whether a file may be named; its code runs.
 
     Raises
     ------
     InputError
         For an unknown name (the nearest are named), an unknown parameter or a value it cannot
-        take (what the policy takes is said).
+        take (what the policy takes is said), and a file whose policy cannot be loaded.
     """
     if isinstance(text, Policy):
         return text
-    name, _, rest = text.partition(":")
-    kind = POLICIES.get(name)
-    if kind is None:
-        near = difflib.get_close_matches(name, POLICIES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "kvtrace replay --help lists them"
+    match = FILE.fullmatch(text)
+    if match is None:
+        name, _, rest = text.partition(":")
+        kind = _named(name)
+    elif files:
+        kind, rest = load_policy(match["file"], match["kind"]), match["rest"] or ""
+    else:
         raise InputError(
-            f"policy {name!r} is unknown; expected one of {', '.join(POLICIES)}; {hint}"
+            f"policy {text!r} is a file; expected a name here; "
+            "start with kvtrace view --policy FILE.py:Class, then write its name"
         )
-    values: dict[str, Any] = {}
-    hints = get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}
+    values: Values = {}
     for item in rest.split(",") if rest else []:
         key, equals, value = item.partition("=")
-        if key not in known or not equals or key in values:
-            raise InputError(
-                f"policy {text!r} has {item!r}; expected each parameter once, as key=value; "
-                f"{name} takes {describe(kind)}"
-            )
-        least = known[key].metadata.get("least")
-        values[key] = _value(text, kind, key, value, hints[key], least)
-    return kind(**values)
+        if not equals or key in values:
+            raise _bad_item(text, item, kind)
+        values[key] = value
+    return _made(text, kind, values)
 
 
 def describe(kind: type[Policy]) -> str:
     """Return what a policy takes, with units and defaults, on one line."""
-    return ", ".join(
-        f"{f.name} ({f.metadata['unit'] or _kind(f.default)}, default {_shown(f.default)})"
-        for f in fields(kind)
-    )
+    return ", ".join(f"{f.name} ({_unit(f)}, default {shown(f.default)})" for f in fields(kind))
 
 
 def idea(kind: type[Policy]) -> str:
@@ -59,12 +65,50 @@ def idea(kind: type[Policy]) -> str:
     return (kind.__doc__ or "").strip().partition("\n")[0]
 
 
-def _value(text: str, kind: type[Policy], key: str, value: str, hint: Any, least: Any) -> Any:
+def _named(name: str) -> type[Policy]:
+    kind = named_policy(name)
+    if kind is None:
+        names = known_names()
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "kvtrace replay --help lists them"
+        raise InputError(f"policy {name!r} is unknown; expected one of {', '.join(names)}; {hint}")
+    return kind
+
+
+def _made(text: str, kind: type[Policy], values: Values) -> Policy:
+    """Make a policy, its base from the keys that it does not declare itself."""
+    hints = get_type_hints(kind)
+    own = {f.name: f for f in fields(kind)}
+    found: dict[str, Any] = {}
+    if "base" in own:
+        usual = {f.name for f in fields(Policy)}
+        rest = {k: v for k, v in values.items() if k in usual or k not in own}
+        values = {k: v for k, v in values.items() if k not in rest}
+        name = values.pop("base", own["base"].default.name)
+        found["base"] = _made(text, _named(name), rest)
+    for key, value in values.items():
+        if key not in own:
+            raise _bad_item(text, f"{key}={value}", kind)
+        found[key] = _value(text, kind, own[key], value, hints[key])
+    return kind(**found)
+
+
+def _bad_item(text: str, item: str, kind: type[Policy]) -> InputError:
+    return InputError(
+        f"policy {text!r} has {item!r}; expected each parameter once, as key=value; "
+        f"{kind.name} takes {describe(kind)}"
+    )
+
+
+def _value(text: str, kind: type[Policy], field: Field[Any], value: str, hint: Any) -> Any:
+    key, least = field.name, field.metadata.get("least")
+    if hint is Amount:
+        return parse_amount(value, f"{key} of {kind.name}", f"{key}=32 or {key}=50%")
     try:
         found = _convert(value, hint)
     except ValueError:
         found = None
-    if found is None or (least is not None and found < least):
+    if found is None or (least is not None and not found >= least):
         bound = "" if least is None else f" of at least {least:g}"
         raise InputError(
             f"policy {text!r} has {key}={value}; expected {_wanted(hint)}{bound}; "
@@ -86,9 +130,16 @@ def _wanted(hint: Any) -> str:
     return names.get(hint, "text")
 
 
-def _kind(default: object) -> str:
-    return "true or false" if isinstance(default, bool) else type(default).__name__
+def _unit(field: Field[Any]) -> str:
+    default = field.default
+    kind = "true or false" if isinstance(default, bool) else type(default).__name__
+    return str(field.metadata.get("unit") or kind)
 
 
-def _shown(default: object) -> str:
-    return str(default).lower() if isinstance(default, bool | Amount) else str(default)
+def shown(default: object) -> str:
+    """Return a parameter's default as a user writes it."""
+    if isinstance(default, Policy):
+        return default.name
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(default) or "none"
