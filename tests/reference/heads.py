@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvtrace_viewer.replay import Block, Head
 from kvtrace_viewer.replay.engine import blocks
+from kvtrace_viewer.replay.signals import rotate
 
 REFERENCE = Path(__file__).parent
 
@@ -19,7 +20,43 @@ def kvpress_heads(layer: int, prompt: int = 192) -> list[Head]:
     """The KV heads of one layer of kvpress_a: a tiny random-weights Llama, really run."""
     with np.load(REFERENCE / "kvpress_a.npz") as data:
         q, k, v = (data[f"{name}{layer}"] for name in "qkv")
-    return _heads(q, k, v, layer, prompt, num_layers=4)
+        before, wo = data[f"q_prerope{layer}"], data["wo"][layer]
+    heads = _heads(q, k, v, layer, prompt, num_layers=4)
+    by_head = wo.reshape(len(wo), len(q), -1).transpose(1, 0, 2)
+    group = len(q) // len(k)
+    return [
+        replace(
+            head,
+            q_prerope=before[h * group : (h + 1) * group].transpose(1, 0, 2),
+            inv_freq=rope_frequencies(q.shape[2]),
+            wo=by_head[h * group : (h + 1) * group],
+        )
+        for h, head in enumerate(heads)
+    ]
+
+
+def rope_frequencies(head_dim: int) -> NDArray[np.float64]:
+    """Llama's, at theta 10,000."""
+    return np.asarray(10000.0 ** -(np.arange(0, head_dim, 2) / head_dim))
+
+
+def with_signals(head: Head) -> Head:
+    """The same head with synthetic signals beyond q, k and v where it has none."""
+    rng = np.random.default_rng([7, head.kv_head])
+    assert head.v is not None
+    tokens, group, dim = head.q.shape
+    wo = rng.normal(size=(group, 2 * dim, head.v.shape[1])).astype(np.float32)
+    score = rng.normal(size=tokens).astype(np.float32)
+    score[head.prompt_tokens + 3 :] = np.nan
+    frequencies = rope_frequencies(dim)
+    before = rotate(head.q, -np.arange(tokens), frequencies).astype(np.float32)
+    return replace(
+        head,
+        q_prerope=before if head.q_prerope is None else head.q_prerope,
+        inv_freq=frequencies if head.inv_freq is None else head.inv_freq,
+        wo=wo if head.wo is None else head.wo,
+        score=score,
+    )
 
 
 def random_weights_heads(tokens: int = 72, prompt: int = 40) -> list[Head]:

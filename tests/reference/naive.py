@@ -12,6 +12,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tests.reference.naive_more import (
+    ALLOCATE,
+    CHOOSE,
+    EVICT_NOTHING,
+    MORE_PROTECTION,
+    MORE_SCORES,
+    STORED,
+)
+from tests.reference.scores import Scores
 
 Array = NDArray[Any]
 
@@ -29,6 +38,11 @@ class Naive:
     cuts: list[int] = field(default_factory=list)
     ties: int = 0
     bound: float | None = None
+
+
+def same(limit: int, present: int) -> int:
+    """Stored is what the budget says."""
+    return limit
 
 
 def budget_of(text: str, present: int) -> int:
@@ -80,28 +94,74 @@ def replay(
         what learned sinks take of them
     options : the policy's own parameters
     """
-    group, tokens, _ = a.shape
-    a = a.astype(np.float64)
-    outside = np.zeros((group, tokens)) if sink_share is None else sink_share
-    out = Naive(cuts=cut_rows(when, tokens, prompt))
-    score = SCORES[policy](a, outside, budget, out.cuts, window, head or {}, options or {})
-    out.bound = score.bound
-    cuts = set(out.cuts)
-    measured_from = out.cuts[0] + 1 if out.cuts else tokens
-    kept: list[int] = []
+    (found,) = replay_layer(
+        [a],
+        policy,
+        budget,
+        when,
+        prompt,
+        sinks=sinks,
+        recent=recent,
+        window=window,
+        sink_shares=[sink_share],
+        heads=[head or {}],
+        options=options,
+    )
+    return found
+
+
+@dataclass
+class _Head:
+    """One head on its way."""
+
+    a: Array
+    score: Any
+    out: Naive
+    kept: list[int] = field(default_factory=list)
+
+
+def replay_layer(
+    maps: list[Array],
+    policy: str,
+    budget: str,
+    when: str,
+    prompt: int,
+    *,
+    sinks: int = 0,
+    recent: str = "0",
+    window: int | None = None,
+    sink_shares: list[Array | None],
+    heads: list[dict[str, Any]],
+    options: dict[str, Any] | None = None,
+) -> list[Naive]:
+    """Replay the heads of a layer, which may share a budget; arguments by head as of `replay`."""
+    tokens = maps[0].shape[1]
+    cuts = cut_rows(when, tokens, prompt)
+    running = []
+    for a, share, head in zip(maps, sink_shares, heads, strict=True):
+        outside = np.zeros(a.shape[:2]) if share is None else share
+        arguments = (outside, budget, cuts, window, head, options or {})
+        score = SCORES[policy](a.astype(np.float64), *arguments)
+        running.append(_Head(a.astype(np.float64), score, Naive(cuts=cuts, bound=score.bound)))
+    measured_from = cuts[0] + 1 if cuts else tokens
     for i in range(tokens):
-        kept.append(i)
-        if i >= measured_from:
-            _measure(out, a, kept, i)
-        score.update(i, kept)
-        for j in [j for j in kept if window is not None and j <= i + 1 - window]:
-            kept.remove(j)
-            out.evicted_at[j] = i
         present = i + 1 if window is None else min(i + 1, max(window - 1, 1))
-        if i in cuts and policy != "full":
-            _cut(out, score, kept, i, budget_of(budget, present), sinks, recent)
-        out.held[i] = list(kept)
-    return out
+        for one in running:
+            one.kept.append(i)
+            if i >= measured_from:
+                before = i if window is None else min(i, max(window - 1, 1))
+                read = one.score.read(i, one.kept[:-1], budget_of(budget, max(before, 1)))
+                _measure(one.out, one.a, [*dict.fromkeys([*read, i])], i)
+            one.score.update(i, one.kept)
+            for j in [j for j in one.kept if window is not None and j <= i + 1 - window]:
+                one.kept.remove(j)
+                one.out.evicted_at[j] = i
+        if i in cuts and policy not in EVICT_NOTHING:
+            limit = budget_of(budget, present)
+            _cut(running, i, STORED.get(policy, same)(limit, present), sinks, recent, policy)
+        for one in running:
+            one.out.held[i] = list(one.kept)
+    return [one.out for one in running]
 
 
 def _measure(out: Naive, a: Array, kept: list[int], i: int) -> None:
@@ -112,17 +172,42 @@ def _measure(out: Naive, a: Array, kept: list[int], i: int) -> None:
     out.misses[i] = len(needed) - out.hits[i]
 
 
-def _cut(
-    out: Naive, score: Any, kept: list[int], i: int, limit: int, sinks: int, recent: str
-) -> None:
-    surplus = len(kept) - limit
-    if surplus <= 0:
-        return
+def _cut(running: list[_Head], i: int, limit: int, sinks: int, recent: str, policy: str) -> None:
+    limits = [limit] * len(running)
     first = min(sinks, limit)
     wanted = limit * int(recent[:-1]) // 100 if recent.endswith("%") else int(recent)
     last = min(wanted, limit - first)
+    if sum(len(one.kept) for one in running) <= sum(limits) and policy in ALLOCATE:
+        return
+    if any(len(one.kept) > limit for one in running):
+        for one in running:
+            if policy in ALLOCATE or len(one.kept) > limit:
+                one.score.before_cut(i, one.kept, limit)
+        if policy in ALLOCATE:
+            scores = [
+                {j: math.inf if j < first or j > i - last else one.score.of(i, j) for j in one.kept}
+                for one in running
+            ]
+            limits = ALLOCATE[policy](scores, limit, running[0].score.options)
+        if policy in CHOOSE:
+            kept = running[0].kept
+            fixed = [j for j in kept if j < first or j > i - last]
+            scores = [{j: one.score.of(i, j) for j in kept} for one in running]
+            chosen = CHOOSE[policy](scores, limit, fixed, running[0].score.options)
+            limits = [len(chosen)] * len(running)
+            for one in running:
+                one.score.score = {j: float(j in chosen) for j in one.kept}
+    for one, allotted in zip(running, limits, strict=True):
+        if len(one.kept) > allotted:
+            left = one.score.left(len(one.kept), allotted, i == one.out.cuts[0])
+            kept_first = min(first, left)
+            _cut_head(one, i, left, kept_first, min(last, left - kept_first))
+
+
+def _cut_head(one: _Head, i: int, limit: int, first: int, last: int) -> None:
+    out, score, kept = one.out, one.score, one.kept
+    surplus = len(kept) - limit
     candidates = [j for j in kept if j >= first and j <= i - last]
-    score.before_cut(i, kept, limit)
     ranked = sorted(candidates, key=lambda j: (score.of(i, j), j))  # equal: the older first
     for j in ranked[:surplus]:
         kept.remove(j)
@@ -130,40 +215,6 @@ def _cut(
         out.evictions += 1
     if surplus < len(ranked) and score.of(i, ranked[surplus - 1]) == score.of(i, ranked[surplus]):
         out.ties += 1
-
-
-class Scores:
-    """Base: what a score may look at."""
-
-    bound: float | None = None
-
-    def __init__(
-        self,
-        a: Array,
-        outside: Array,
-        budget: str,
-        cuts: list[int],
-        window: int | None,
-        head: dict[str, Any],
-        options: dict[str, Any],
-    ) -> None:
-        self.a, self.outside, self.budget, self.cuts = a, outside, budget, cuts
-        self.window, self.head, self.options = window, head, options
-        self.group, self.tokens, _ = a.shape
-        self.start()
-
-    def start(self) -> None:
-        """Prepare."""
-
-    def update(self, i: int, kept: list[int]) -> None:
-        """See row i, with what is visible to it."""
-
-    def before_cut(self, i: int, kept: list[int], limit: int) -> None:
-        """See what is held at a cut that will evict."""
-
-    def of(self, i: int, j: int) -> float:
-        """Score of token j after row i; higher = kept."""
-        raise NotImplementedError
 
 
 class Youngest(Scores):
@@ -409,6 +460,7 @@ class Leverage(Scores):
 
 
 SCORES: dict[str, type[Scores]] = {
+    **MORE_SCORES,
     "full": Youngest,
     "sliding_window": Youngest,
     "streaming_llm": Youngest,
@@ -430,6 +482,7 @@ SCORES: dict[str, type[Scores]] = {
     "oracle": Future,
 }
 PROTECTION: dict[str, dict[str, Any]] = {
+    **MORE_PROTECTION,
     "streaming_llm": {"sinks": 4},
     "pinned_prefix": {"sinks": 32},
     "h2o": {"recent": "50%"},

@@ -63,11 +63,13 @@ class Composed(Policy):
                 f"base of {self.name} is {self.base.name}, which does not score the tokens of one "
                 "head; a policy that does was expected; write base=snapkv"
             )
-        if isinstance(self.base, Composed) and self.base.base.name != kind().base.name:
-            raise InputError(
-                f"base of {self.name} is {self.base.name} over {self.base.base.name}; "
-                f"{kind().base.name} was expected under it; a second base cannot be chosen"
-            )
+        if isinstance(self.base, Composed):
+            usual = type(self.base)().base.name
+            if self.base.base.name != usual:
+                raise InputError(
+                    f"base of {self.name} is {self.base.name} over {self.base.base.name}; "
+                    f"{usual} was expected under it; a second base cannot be chosen"
+                )
         for name in ("sinks", "recent", *TAKEN_OVER):
             object.__setattr__(self, name, getattr(self.base, name))
         object.__setattr__(self, "signals", type(self).signals | self.base.signals)

@@ -10,8 +10,10 @@ from kvtrace.errors import InputError
 from kvtrace_viewer.replay.amounts import Amount, parse_amount
 from kvtrace_viewer.replay.plugins import FILE, known_names, load_policy, named_policy
 from kvtrace_viewer.replay.policy import Policy
+from kvtrace_viewer.replay.when import parse_when
 
 Values = dict[str, str]
+SIGNALS = ("q", "k", "v", "q_prerope", "wo", "score")
 
 
 def parse_policy(text: str | Policy, *, files: bool = True) -> Policy:
@@ -143,3 +145,18 @@ def shown(default: object) -> str:
     if isinstance(default, bool):
         return str(default).lower()
     return str(default) or "none"
+
+
+def as_row(kind: type[Policy]) -> str:
+    """Return a policy's row of docs/policies.md: name, idea, own parameters, rhythm, signals."""
+    policy, usual = kind(), {f.name: f.default for f in fields(Policy)}
+    own = [f for f in fields(kind) if f.name not in usual or f.default != usual[f.name]]
+    cells = (
+        f"`{kind.name}`",
+        idea(kind).removesuffix("."),
+        ", ".join(f"`{f.name}={shown(f.default)}`" for f in own),
+        policy.default_when,
+        policy.exactness(parse_when(policy.default_when)),
+        ", ".join(s for s in SIGNALS if s in policy.signals) or "positions",
+    )
+    return "| " + " | ".join(cells) + " |"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.block import Block, Head
-from kvtrace_viewer.replay.cache import Cache, Cuts
+from kvtrace_viewer.replay.cache import Cache
 from kvtrace_viewer.replay.policy import parameter
 from kvtrace_viewer.replay.selector import Selector
 

@@ -39,7 +39,8 @@ class RocketKV(SnapKV, Quest):
     def limits(self, budget: Budget, rows: Longs, head: Head) -> Longs:
         """Tokens stored."""
         there = present(rows, head.window)
-        return np.maximum(np.sqrt(budget.limits(there) * there), 1).astype(np.int64)
+        stored = np.sqrt(budget.limits(there) * there)
+        return np.asarray(np.maximum(stored, 1), dtype=np.int64)
 
     def decide(self, block: Block, cuts: Cuts, state: Any, cache: Cache) -> None:
         """Evict as snapkv does."""
