@@ -13,7 +13,7 @@ from kvtrace.errors import InputError
 from kvtrace.testing import SyntheticTrace
 from kvtrace.writer import LayerSpec, TraceWriter
 from kvtrace_recorder.selection import Queries, parse_selection
-from kvtrace_viewer.replay import POLICIES, replay, replayable
+from kvtrace_viewer.replay import POLICIES, Policy, replay, replayable
 from kvtrace_viewer.replay.result import Result
 
 STEPS = [90, 1, 1, 1, 1, 1]
@@ -73,11 +73,20 @@ def agree(found: Result, want: Result) -> None:
         assert one == other or one == pytest.approx(other, rel=1e-5), name
 
 
+def needs_at_most(policy: Policy, queries: int) -> bool:
+    """Whether a policy needs no more of the prompt's queries, of those that need no more than v."""
+    needed = policy.prompt_queries
+    enough = policy.takes_received or (needed is not None and needed <= queries)
+    return enough and policy.signals <= {"q", "k", "v"}
+
+
 @pytest.mark.parametrize("when", ["prefill", "step", "every=2"])
 def test_policies_that_need_the_last_queries_agree(full: Trace, tmp_path: Path, when: str) -> None:
     less = thinned(full, tmp_path / "less.kvtrace", Queries(last=16))
-    names = [name for name in POLICIES if name not in ("lru", "lfu", "snapkv", "pyramidkv")]
-    policies = [*names, "snapkv:window=16", "pyramidkv:window=8", "h2o:renormalise=false"]
+    names = [name for name, kind in POLICIES.items() if needs_at_most(kind(), 16)]
+    voting = [f"{name}:window=8" for name in ("pyramidkv", "adakv", "headkv", "chunkkv", "cake")]
+    more = ["snapkv:window=16", "nacl:proxies=8", "rocketkv:window=8", "h2o:renormalise=false"]
+    policies = [*names, *voting, *more]
     pairs = zip(
         replay(less, policies, BUDGETS, when, store=False),
         replay(full, policies, BUDGETS, when, store=False),
@@ -100,7 +109,14 @@ def test_what_cannot_be_replayed_is_refused_with_the_reason(full: Trace, tmp_pat
     rows = {row["policy"]: row for row in replayable(less)}
     assert {
         name: row["replay"] for name, row in rows.items() if row["replay"] == "no"
-    } == dict.fromkeys(("lru", "lfu", "h2o", "observed_attention", "snapkv", "pyramidkv"), "no")
+    } == dict.fromkeys(
+        (
+            *("lru", "lfu", "h2o", "observed_attention", "scissorhands", "keyformer", "snapkv"),
+            *("pyramidkv", "adakv", "headkv", "criticalkv", "defensivekv", "chunkkv", "cake"),
+            *("nacl", "expected_attention", "rocketkv", "recorded", "kvzip"),
+        ),
+        "no",
+    )
     assert rows["streaming_llm"]["reason"].startswith("position alone decides: exact, with --when")
     assert rows["tova"]["replay"] == "approximately"
 

@@ -46,7 +46,7 @@ def with_signals(head: Head) -> Head:
     assert head.v is not None
     tokens, group, dim = head.q.shape
     wo = rng.normal(size=(group, 2 * dim, head.v.shape[1])).astype(np.float32)
-    score = rng.normal(size=tokens).astype(np.float32)
+    score = np.asarray(rng.normal(size=tokens), np.float32)
     score[head.prompt_tokens + 3 :] = np.nan
     frequencies = rope_frequencies(dim)
     before = rotate(head.q, -np.arange(tokens), frequencies).astype(np.float32)

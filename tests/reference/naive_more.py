@@ -39,7 +39,7 @@ class Noised(Scores):
 
     def start(self) -> None:
         stream = np.random.default_rng([self.options.get("seed", 0), *self.head["where"]])
-        self.noise = stream.gumbel(size=self.tokens)
+        self.noise = [stream.gumbel() for _ in range(self.tokens)]
         self.sums = [0.0] * self.tokens
 
     def update(self, i: int, kept: list[int]) -> None:
@@ -85,11 +85,12 @@ class Drawn(Scores):
         first = max(i + 1 - proxies, 0)
         sums = {j: float(self.a[:, first : i + 1, j].sum()) / self.group for j in kept}
         seed = [self.options.get("seed", 0), *self.head["where"], i]
-        noise = np.random.default_rng(seed).gumbel(size=i + 1)
+        noise: Array = np.random.default_rng(seed).gumbel(size=i + 1)
         free = [j for j in kept if j <= i - min(proxies, limit)]
         best = max(limit - limit * 30 // 100 - (len(kept) - len(free)), 0)
         ranked = sorted(free, key=lambda j: (sums[j], j), reverse=True)
-        self.score = {j: sums[j] + noise[j] for j in kept} | dict.fromkeys(ranked[:best], math.inf)
+        self.score: dict[int, float] = {j: sums[j] + float(noise[j]) for j in kept}
+        self.score |= dict.fromkeys(ranked[:best], math.inf)
 
     def of(self, i: int, j: int) -> float:
         return self.score[j]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.reference import naive
+from tests.reference import naive, naive_more
 from tests.reference.heads import (
     attention,
     kvpress_heads,
@@ -24,7 +24,10 @@ from kvtrace_viewer.replay.totals import StepTotals
 
 BUDGETS = ["10%", "25%", "60%", "7", "30"]
 WHENS = ["prefill", "step", "every=5", "stream"]
-SPECS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+Specs = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
+
+SLOW = set(naive_more.MORE_SCORES)
+PLAIN: Specs = {
     **{name: (name, naive.PROTECTION.get(name, {}), {}) for name in POLICIES if name != "rocketkv"},
     "h2o:renormalise=false": ("h2o", {"recent": "50%"}, {"renormalise": False}),
     "lru:sinks=2,recent=3": ("lru", {"sinks": 2, "recent": "3"}, {}),
@@ -39,6 +42,14 @@ SPECS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "block_keydiff:block=5": ("block_keydiff", {}, {"block": 5}),
     "lagkv:lag=9": ("lagkv", {"sinks": 4}, {"lag": 9}),
     "random:seed=3": ("random", {}, {"seed": 3}),
+}
+"""Compared at every budget, under every circumstance."""
+
+COMPOSITE: Specs = {
+    **{
+        name: (name, naive.PROTECTION.get(name, {}), {})
+        for name in SLOW - {"expected_attention", "rocketkv"}
+    },
     "scissorhands:history=7,recent=2,drop=20%": (
         "scissorhands",
         {"recent": "2"},
@@ -65,6 +76,7 @@ SPECS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"window": 6, "kernel": 3, "page": 4},
     ),
 }
+"""Those whose naive replay is slow, or needs the heads of a layer."""
 
 
 def engine(heads: list[Head], specs: list[str], budgets: list[str], when: str) -> list[HeadReplay]:
@@ -75,19 +87,19 @@ def engine(heads: list[Head], specs: list[str], budgets: list[str], when: str) -
         return replay_layer(heads, runs, Measures(), pool, lambda count: None)
 
 
-def compare(heads: list[Head], specs: list[str], when: str) -> None:
+def compare(heads: list[Head], specs: Specs, when: str, budgets: list[str] = BUDGETS) -> None:
     heads = [with_signals(head) for head in heads]
     maps = [attention(head) for head in heads]
     shares = [sink_share(head, a) for head, a in zip(heads, maps, strict=True)]
     inputs = [inputs_of(head, maps, shares) for head in heads]
-    replays = engine(heads, specs, BUDGETS, when)
+    replays = engine(heads, list(specs), budgets, when)
     totals = [
-        found.summarise(StepTotals.zeros(len(specs) * len(BUDGETS), heads[0].tokens))
+        found.summarise(StepTotals.zeros(len(specs) * len(budgets), heads[0].tokens))
         for found in replays
     ]
     for s, spec in enumerate(specs):
-        name, protection, options = SPECS[spec]
-        for b, budget in enumerate(BUDGETS):
+        name, protection, options = specs[spec]
+        for b, budget in enumerate(budgets):
             wanted = naive.replay_layer(
                 list(maps),
                 name,
@@ -101,7 +113,7 @@ def compare(heads: list[Head], specs: list[str], when: str) -> None:
                 **protection,
             )
             for found, total, want in zip(replays, totals, wanted, strict=True):
-                check(found, total, s * len(BUDGETS) + b, want, f"{spec}@{budget}/{when}")
+                check(found, total, s * len(budgets) + b, want, f"{spec}@{budget}/{when}")
 
 
 def inputs_of(head: Head, maps: Any, shares: Any) -> dict[str, Any]:
@@ -137,12 +149,12 @@ def check(found: HeadReplay, totals: Any, p: int, want: naive.Naive, where: str)
 
 @pytest.mark.parametrize("when", WHENS)
 def test_equals_naive_on_a_random_weights_run(when: str) -> None:
-    compare(random_weights_heads(), list(SPECS), when)
+    compare(random_weights_heads(), PLAIN, when)
 
 
 @pytest.mark.parametrize("when", ["prefill", "step", "every=8"])
 def test_equals_naive_on_kvpress_a(when: str) -> None:
-    compare(kvpress_heads(1), list(SPECS), when)
+    compare(kvpress_heads(1), PLAIN, when)
 
 
 @pytest.mark.parametrize("when", WHENS)
@@ -154,13 +166,28 @@ def test_equals_naive_under_window_softcap_and_learned_sink(when: str) -> None:
         with_lse(head, learned_sink=2.0),
         with_lse(replace(head, window=33), learned_sink=1.0),
     ):
-        compare([changed], list(SPECS), when)
+        compare([changed], PLAIN, when)
+
+
+@pytest.mark.parametrize("when", WHENS)
+def test_composite_policies_equal_naive(when: str) -> None:
+    compare(random_weights_heads(), COMPOSITE, when, ["25%", "9"])
+    if when in ("prefill", "step"):
+        head = synthetic_head(3, 60, 45)
+        for changed in (replace(head, window=20), with_lse(head, learned_sink=2.0)):
+            compare([changed], COMPOSITE, when, ["30%"])
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 30])
+def test_composite_policies_equal_naive_wherever_the_prompt_ends(prompt: int) -> None:
+    for when in ("prefill", "every=5"):
+        compare([synthetic_head(4, 30, prompt)], COMPOSITE, when, ["7"])
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 64, 65, 90])
 def test_equals_naive_wherever_the_prompt_ends(prompt: int) -> None:
     for when in WHENS:
-        compare([synthetic_head(4, 90, prompt)], list(SPECS), when)
+        compare([synthetic_head(4, 90, prompt)], PLAIN, when)
 
 
 def test_alibi_is_in_the_scores() -> None:
