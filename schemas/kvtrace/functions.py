@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvtrace.trace import Trace
 
 #: Layers kept as float32 between calls.
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 512 * 2**20
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -197,21 +197,28 @@ class ArrayFunctions:
     ) -> pa.Array:
         found: list[Floats | None] = [None] * len(row)
         for group in self._groups(row, layer, head):
-            data = self._layer(group)
+            data = self._layer(group, values=kind == "v")
             array = getattr(data, kind)
             if array is None:
                 raise InputError(
                     f"{kind} of layer {group.layer} was not found; it was not recorded"
                 )
-            index = _head_index(data.spec, kind, group.head)
-            for at, position in zip(group.at, group.positions, strict=True):
-                vector = array[position, index]
-                found[at] = vector if np.isfinite(vector).all() else None
+            vectors = array[group.positions, _head_index(data.spec, kind, group.head)]
+            held = np.isfinite(vectors).all(axis=1)
+            for at, vector in zip(group.at[held], vectors[held], strict=True):
+                found[at] = vector
         return _lists(found)
 
-    def _layer(self, group: Group) -> LayerData:
-        key = (group.request, group.layer)
-        return self._layers.get(key, lambda: self._trace.layer_data(group.layer, group.request))
+    def _layer(self, group: Group, *, values: bool = False) -> LayerData:
+        """A layer of a request: what its attention needs, or its values."""
+
+        def read() -> LayerData:
+            data = self._trace.layer_data(group.layer, group.request)
+            if values:
+                return LayerData(data.spec, None, None, data.v, None)
+            return LayerData(data.spec, data.q, data.k, None, data.lse)
+
+        return self._layers.get((group.request, group.layer, values), read)
 
     def _groups(
         self, row: pa.ChunkedArray, layer: pa.ChunkedArray, head: pa.ChunkedArray
@@ -291,5 +298,5 @@ def _lists(found: Sequence[Floats | None]) -> pa.Array:
 
 
 def _num_bytes(layer: LayerData) -> int:
-    arrays = (layer.q, layer.k, layer.v, layer.lse, layer.received)
+    arrays = (layer.q, layer.k, layer.v, layer.lse)
     return sum(array.nbytes for array in arrays if array is not None)

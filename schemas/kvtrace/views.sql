@@ -4,7 +4,7 @@
 CREATE VIEW sink_tokens AS
 SELECT
     k.request, k.layer, k.q_head, k.kv_head, k.position, t.row, t.token_id, t.text,
-    k.far_received / k.far_queries AS mean_attention, k.far_queries
+    k.far_received::DOUBLE / k.far_queries AS mean_attention, k.far_queries
 FROM key_attention AS k LEFT JOIN request_tokens AS t USING (request, position)
 WHERE k.far_queries > 0 AND k.far_received >= 0.1 * k.far_queries AND k.seen_at_end;
 COMMENT ON VIEW sink_tokens IS 'Attention sinks: keys whose mean attention over the queries more than w positions later is at least 0.1 in a query head, and that the last query still sees.';
@@ -22,7 +22,7 @@ COMMENT ON COLUMN sink_tokens.far_queries IS 'How many these queries are.';
 CREATE VIEW heavy_hitters AS
 SELECT
     k.request, k.layer, k.q_head, k.kv_head, k.position, t.row, t.token_id, t.text,
-    k.received, k.received / k.uniform AS times_uniform
+    k.received, k.received::DOUBLE / k.uniform AS times_uniform
 FROM key_attention AS k LEFT JOIN request_tokens AS t USING (request, position)
 WHERE k.uniform > 0 AND k.received >= 5 * k.uniform
     AND NOT (k.far_queries > 0 AND k.far_received >= 0.1 * k.far_queries AND k.seen_at_end);

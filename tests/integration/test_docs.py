@@ -9,8 +9,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from tests.cookbook import recipes, table_text
 
 from kvtrace import open as open_trace
+from kvtrace import reference
 from kvtrace_recorder import demo
 from kvtrace_viewer.replay import POLICIES
 from kvtrace_viewer.replay.spec import as_row
@@ -20,6 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 RECORDING = (ROOT / "docs/recording.md").read_text(encoding="utf-8")
+COOKBOOK = (ROOT / "docs/cookbook.md").read_text(encoding="utf-8")
 
 #: A script that knows nothing of a recorder.
 GENERATE = f"""
@@ -94,6 +97,24 @@ def test_the_recording_page_does_what_it_says(folder: Path) -> None:
             kvtrace(line.removeprefix("kvtrace "), folder)
     trace = open_trace(folder / "traces/outside.kvtrace")
     assert (trace.status, len(trace.requests())) == ("complete", 1)
+
+
+def test_the_cookbook_is_answered_as_it_says(folder: Path) -> None:
+    (command,) = (b for b in blocks("sh", COOKBOOK) if "--regret" in b)
+    assert kvtrace(command.strip().removeprefix("kvtrace "), folder)
+    trace = open_trace(folder / "traces/demo.kvtrace")
+    found = recipes()
+    assert len(found) == 20
+    for recipe in found:
+        shown, answered = recipe.answer.splitlines(), table_text(trace.sql(recipe.sql)).splitlines()
+        # Times, and a sampled answer, are the machine's: the columns and how much is said are not.
+        assert shown[0] == answered[0], recipe.title
+        assert len(answered) == len(shown) > 2, recipe.title
+
+
+def test_the_sql_reference_is_what_the_definitions_say() -> None:
+    text = (ROOT / "docs/sql.md").read_text(encoding="utf-8")
+    assert text == reference.page(), "stale: python -m kvtrace.reference > docs/sql.md"
 
 
 def test_local_links_lead_somewhere() -> None:

@@ -150,28 +150,30 @@ class LengthAware(Counting):
 class SLRU(Cache):
     def __init__(self, capacity: int, segments: int = 4) -> None:
         super().__init__(capacity)
-        segments = min(segments, capacity)
-        self.limits = [capacity // segments] * segments
-        self.limits[0] += capacity % segments
-        self.levels: list[list[int]] = [[] for _ in self.limits]  # newest last
+        self.levels: list[list[int]] = [[] for _ in range(min(segments, capacity))]  # newest last
+        self.limit = capacity // len(self.levels)
 
     def access(self, block: int) -> bool:
         level = next((n for n, held in enumerate(self.levels) if block in held), None)
-        if level is not None:
-            self.levels[level].remove(block)
-            joins = min(level + 1, len(self.levels) - 1)
-        else:
-            room = [n for n, held in enumerate(self.levels) if len(held) < self.limits[n]]
-            joins = room[0] if room else 0
+        if level is None:
+            if sum(map(len, self.levels)) == self.capacity:
+                next(held for held in self.levels if held).pop(0)
+                self.evictions += 1
+            room = [n for n, held in enumerate(self.levels) if len(held) < self.limit]
+            self.levels[room[0] if room else 0].append(block)
+            return False
+        self.levels[level].remove(block)
+        joins = min(level + 1, len(self.levels) - 1)
         self.levels[joins].append(block)
-        for n in range(joins, -1, -1):
-            if len(self.levels[n]) > self.limits[n]:
-                lowered = self.levels[n].pop(0)
-                if n:
-                    self.levels[n - 1].append(lowered)
-                else:
-                    self.evictions += 1
-        return level is not None
+        while joins >= 0 and len(self.levels[joins]) > self.limit:
+            lowered = self.levels[joins].pop(0)
+            if joins:
+                self.levels[joins - 1].append(lowered)
+            else:
+                self.evictions += 1
+            if len(self.levels[joins]) <= self.limit:
+                joins -= 1
+        return True
 
 
 class TwoQ(Cache):

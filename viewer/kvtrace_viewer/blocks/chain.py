@@ -48,3 +48,13 @@ def pop_tail(links: Ids, sentinel: int) -> int:
     node = int(links[sentinel, 0])
     unlink(links, node)
     return node
+
+
+@jit
+def push_tail(links: Ids, sentinel: int, node: int) -> None:
+    """Put a node at the tail of a list."""
+    last = links[sentinel, 0]
+    links[node, 0] = last
+    links[node, 1] = sentinel
+    links[last, 1] = node
+    links[sentinel, 0] = node

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.kernels import count_needed, fill_needed
+from kvtrace_viewer.replay.kernels import find_needed, sum_group
 
 BLOCK_ROWS = 64  # 64 rows of every head of a layer stay in the caches of a CPU, a map does not
 
@@ -114,27 +114,31 @@ class Head:
         if not self.has_query[start:stop].any():
             scores[:] = 0
             return scores.reshape(self.group, stop - start, stop)
-        queries = np.ascontiguousarray(self.q[start:stop].transpose(1, 0, 2))
-        np.matmul(queries.reshape(-1, queries.shape[2]), self.k[:stop].T, out=scores)
-        scores *= np.float32(self.scale)
-        if self.softcap is not None:
-            scores /= np.float32(self.softcap)
-            np.tanh(scores, out=scores)
-            scores *= np.float32(self.softcap)
         rows = scores.reshape(self.group, stop - start, stop)
+        scale = self.scale if self.softcap is None else self.scale / self.softcap
+        queries = self.q[start:stop].transpose(1, 0, 2) * np.float32(scale)
+        for g, out in enumerate(rows):  # a query head's rows stay in the cache of the core
+            np.matmul(queries[g], self.k[:stop].T, out=out)
+            self._finish(out, g, start, stop)
+        return rows
+
+    def _finish(self, rows: Floats, g: int, start: int, stop: int) -> None:
+        """Turn products [row, key] of query head g into attention."""
+        if self.softcap is not None:
+            np.tanh(rows, out=rows)
+            rows *= np.float32(self.softcap)
         if self.alibi_slopes is not None:
             distance = np.arange(stop)[None, :] - np.arange(start, stop)[:, None]
-            rows += self.alibi_slopes[:, None, None] * distance.astype(np.float32)
+            rows += self.alibi_slopes[g] * distance.astype(np.float32)
         self._hide(rows, start, stop)
         if self.lse is None:
-            rows -= rows.max(axis=2, keepdims=True)
+            rows -= rows.max(axis=1, keepdims=True)
             np.exp(rows, out=rows)
-            rows /= rows.sum(axis=2, keepdims=True)
+            rows /= rows.sum(axis=1, keepdims=True)
         else:
-            lse = np.where(self.has_query[start:stop, None], self.lse[start:stop], np.inf)
-            rows -= lse.T[:, :, None].astype(np.float32)
+            known = self.has_query[start:stop]
+            rows -= np.where(known, self.lse[start:stop, g], np.inf)[:, None].astype(np.float32)
             np.exp(rows, out=rows)
-        return rows
 
     def attention(self, start: int, stop: int) -> Floats:
         """Return `rows` in memory of their own."""
@@ -143,11 +147,9 @@ class Head:
     def _hide(self, rows: Floats, start: int, stop: int) -> None:
         """Scores of keys after the query, or outside its window, become -inf."""
         queries = np.arange(start, stop)[:, None]
-        future = np.arange(start, stop)[None, :] > queries
-        rows[:, :, start:][:, future] = -np.inf
+        rows[:, start:][np.arange(start, stop)[None, :] > queries] = -np.inf
         if self.window is not None and stop > self.window:
-            past = np.arange(stop)[None, :] <= queries - self.window
-            rows[:, past] = -np.inf
+            rows[np.arange(stop)[None, :] <= queries - self.window] = -np.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +161,8 @@ class Needed:
     starts : int64 [row * query head + 1]
         Where the keys of (row, query head) begin in `keys`; query heads vary fastest.
     keys : int32
-        Needed key positions, ascending within a (row, query head); the last one means nothing.
+        Needed key positions, ascending within a (row, query head); from starts[-1] on they mean
+        nothing.
     """
 
     starts: NDArray[np.int64]
@@ -194,7 +197,9 @@ class Block:
     @cached_property
     def received(self) -> NDArray[np.float64]:
         """[row, key]: attention summed over the group's query heads."""
-        return np.asarray(self.attention.sum(axis=0, dtype=np.float64))
+        found = np.empty(self.attention.shape[1:])
+        sum_group(self.attention, found)
+        return found
 
     @property
     def is_summed(self) -> bool:
@@ -221,10 +226,8 @@ class Block:
     @cached_property
     def needed(self) -> Needed:
         """The keys each query needs."""
-        group, rows, _ = self.attention.shape
-        starts = np.zeros(rows * group + 1, dtype=np.int64)
-        count_needed(self.attention, self.start, self.needed_share, starts)
-        np.cumsum(starts, out=starts)
-        keys = np.empty(starts[-1] + 1, dtype=np.int32)
-        fill_needed(self.attention, self.start, self.needed_share, starts, keys)
+        group, rows, stop = self.attention.shape
+        starts = np.empty(rows * group + 1, dtype=np.int64)
+        keys = np.empty(group * rows * stop + 1, dtype=np.int32)
+        find_needed(self.attention, self.start, self.needed_share, starts, keys)
         return Needed(starts, keys)

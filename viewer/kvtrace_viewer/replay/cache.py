@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.kernels import NEVER, cut_lowest, cut_oldest
+from kvtrace_viewer.replay.cutting import HELD, cut_lowest, cut_oldest
+from kvtrace_viewer.replay.kernels import NEVER
 
 Longs = NDArray[np.int64]
 
@@ -50,10 +51,12 @@ class Cache:
     ----------
     cuts : Cuts
         All decisions over the request.
-    slots : int32 [budget, token]
-        Held positions, ascending, in slots[b, :counts[b]].
+    gone : int64 [budget, token]
+        `cutting.GONE` for what was held and is no more, else `cutting.HELD`.
     counts : int64 [budget]
-        Tokens held.
+        Tokens held, of those that have been in.
+    left : int64 [budget]
+        Positions below have left the model's own window.
     joined : int
         Tokens that have been in: positions 0..joined-1.
     evicted_at : int32 [budget, token]
@@ -66,8 +69,11 @@ class Cache:
         budgets, tokens = evicted_at.shape
         self.cuts = cuts
         self.window = window
-        self.slots = np.zeros((budgets, tokens), dtype=np.int32)
+        self.gone = np.full((budgets, tokens), HELD)
         self.counts = np.zeros(budgets, dtype=np.int64)
+        self.left = np.zeros(budgets, dtype=np.int64)
+        self._oldest = np.zeros(budgets, dtype=np.int64)
+        self._keys = np.empty(tokens, dtype=np.int64)
         self.joined = 0
         self.evicted_at = evicted_at
         self.ties = np.zeros(budgets, dtype=np.int64)
@@ -96,10 +102,12 @@ class Cache:
             cuts.recent,
             self.window or 0,
             self.joined,
-            self.slots,
+            self.gone,
             self.counts,
+            self.left,
             self.evicted_at,
             self.ties,
+            self._keys,
         )
         self.joined = int(cuts.rows[-1]) + 1
 
@@ -113,8 +121,10 @@ class Cache:
             cuts.sinks,
             self.window or 0,
             self.joined,
-            self.slots,
+            self.gone,
             self.counts,
+            self.left,
+            self._oldest,
             self.evicted_at,
         )
         self.joined = int(cuts.rows[-1]) + 1
@@ -125,8 +135,7 @@ class Cache:
 
     def held_before(self, row: int, b: int) -> NDArray[np.int64]:
         """Positions in budget b's cache at the cut after `row`, ascending."""
-        before = self.slots[b, : self.counts[b]].astype(np.int64)
-        held = np.concatenate([before, np.arange(self.joined, row + 1, dtype=np.int64)])
+        held = np.flatnonzero(self.gone[b, : row + 1] == HELD)
         return np.asarray(held if self.window is None else held[held > row + 1 - self.window])
 
 

@@ -17,3 +17,11 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     No fastmath: reordered sums would make results differ from machine to machine.
     """
     return cast(Callable[P, R], njit(nogil=True, cache=True)(function))
+
+
+def jit_sum(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile as `jit` does, where a sum may be taken in another order, as BLAS does too.
+
+    The order is that of the machine's vectors: equal on one machine, to rounding on all.
+    """
+    return cast(Callable[P, R], njit(nogil=True, cache=True, fastmath={"reassoc"})(function))

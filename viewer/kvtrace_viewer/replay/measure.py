@@ -13,9 +13,12 @@ from kvtrace_viewer.replay.kernels import (
     NEVER,
     add_back,
     add_far,
+    count_events,
     count_hits,
-    held_at_end,
+    fill_events,
     keep_held,
+    release,
+    store_masses,
 )
 
 MASS_STEPS = 10_000
@@ -24,6 +27,11 @@ MASS_STEPS = 10_000
 PANEL = 16
 """Pairs in one matrix product. Always the same, because BLAS rounds differently by shape, and a
 policy's numbers must not depend on which others are replayed with it."""
+
+MASS_ROWS = 16
+"""Rows in one product: what is evicted inside them is added back one by one."""
+
+BYTES_OF_ONE = np.uint64(0x0101010101010101)
 
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]
@@ -63,6 +71,9 @@ class HeadMeasures:
     error : float64 [pair], output errors summed over `error_rows` rows and the query heads
     error_rows : int64 [pair]
     selects : bool [pair], pairs whose queries read less than is held: `add_read` measures them
+    as_of : the row whose query sees what `held` and `marks` say
+    held : float32 [panel, token, pair of the panel], 1 or 0
+    marks : uint64 [token, word], a byte per pair, 1 or 0
     """
 
     def __init__(
@@ -70,6 +81,10 @@ class HeadMeasures:
     ) -> None:
         pairs = len(first_rows)
         self.selects = selects
+        self.as_of = 0
+        panels = -(-pairs // PANEL)
+        self.held = np.ones((panels, head.tokens, PANEL), dtype=np.float32)
+        self.marks = np.full((head.tokens, -(-pairs // 8)), BYTES_OF_ONE)
         self.head = head
         self.first_rows = first_rows
         self.options = options
@@ -88,20 +103,63 @@ class HeadMeasures:
         active = np.flatnonzero((self.first_rows < block.stop) & ~self.selects)
         if not len(active):
             return
-        gone = np.ascontiguousarray(evicted_at[active, : block.stop].T)
         rows = np.arange(block.start, block.stop)
         measured = self.first_rows[active, None] <= rows
         measured &= self.head.has_query[block.start : block.stop]
-        mass = kept_mass(block, gone).transpose(2, 0, 1)
+        events = Events.of(evicted_at, self.as_of, block.stop)
+        self.as_of = block.stop - 1
+        mass = self._mass(block, events, active)
         window = slice(block.start, block.stop)
-        self.mass[active, :, window] = np.where(measured[:, None], mass, np.nan)
+        known = self.head.has_query[window]
+        store_masses(mass, active, self.first_rows, known, block.start, self.mass)
         needed = np.diff(block.needed.starts[:: self.head.group])
-        hits = np.zeros((len(rows), len(active)), dtype=np.int32)
-        count_hits(block.needed.starts, block.needed.keys, self.head.group, block.start, gone, hits)
-        self.hits[active, window] = np.where(measured, hits.T, 0)
-        self.misses[active, window] = np.where(measured, needed - hits.T, 0)
+        hits = self._hits(block, events)[:, active].T
+        self.hits[active, window] = np.where(measured, hits, 0)
+        self.misses[active, window] = np.where(measured, needed - hits, 0)
         if self.head.v is not None:
+            gone = np.ascontiguousarray(evicted_at[active, : block.stop].T)
             self._add_error(block, gone, active, measured, rows)
+
+    def _mass(self, block: Block, events: Events, active: Longs) -> NDArray[np.float32]:
+        """Attention on held keys and on the query's own token: float32 [query head, row, pair].
+
+        Filled for the pairs in `active`. A few rows at a time by matrix products with what is
+        held at the last of them; what went in between is added back.
+        """
+        panels = np.unique(active // PANEL)
+        group, rows, stop = block.attention.shape
+        mass = np.empty((group, rows, len(self.held) * PANEL), dtype=np.float32)
+        released = 0
+        for first in range(block.start, block.stop, MASS_ROWS):
+            last = min(first + MASS_ROWS, block.stop)
+            end = events.starts[last - 1 - events.first]
+            release(events.pairs, events.keys, released, end, self.held)
+            released = end
+            part = slice(first - block.start, last - block.start)
+            for panel in panels:
+                columns = slice(panel * PANEL, (panel + 1) * PANEL)
+                mass[:, part, columns] = block.attention[:, part] @ self.held[panel, :stop]
+            starts = events.starts[first - events.first : last - events.first]
+            add_back(block.attention, block.start, first, starts, events.pairs, events.keys, mass)
+        return mass
+
+    def _hits(self, block: Block, events: Events) -> NDArray[np.int32]:
+        """Needed keys that are held: int32 [row, pair], for all pairs."""
+        marks = self.marks.view(np.uint8)
+        starts = events.starts[block.start - events.first :]
+        marks[events.keys[: starts[0]], events.pairs[: starts[0]]] = 0
+        hits = np.zeros((block.stop - block.start, len(self.first_rows)), dtype=np.int32)
+        count_hits(
+            block.needed.starts,
+            block.needed.keys,
+            self.head.group,
+            starts,
+            events.pairs,
+            events.keys,
+            self.marks,
+            hits,
+        )
+        return hits
 
     def add_read(self, block: Block, pairs: slice, rows: Longs, read: NDArray[np.bool_]) -> None:
         """Measure pairs whose queries at `rows` read `read` [pair, row, key]."""
@@ -152,21 +210,32 @@ class HeadMeasures:
         return found
 
 
-def kept_mass(block: Block, gone: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Attention on held keys and on the query's own token: float32 [query head, row, pair].
+@dataclass(frozen=True)
+class Events:
+    """What went when: keys of pairs, by the row after which they were gone.
 
-    `gone` [key, pair] is the row after which each pair evicted a key.
+    Attributes
+    ----------
+    first : int
+        The first row that is told.
+    starts : int64 [row + 1]
+        Where each row's events begin.
+    pairs, keys : int32 [event]
     """
-    group, rows, stop = block.attention.shape
-    pairs = gone.shape[1]
-    held = np.zeros((-(-pairs // PANEL), stop, PANEL), dtype=np.float32)
-    inside = held_at_end(gone, block.start, stop, held)
-    flat = block.attention.reshape(-1, stop)
-    mass = np.concatenate([flat @ panel for panel in held], axis=1)
-    mass = np.ascontiguousarray(mass[:, :pairs]).reshape(group, rows, pairs)
-    if inside:
-        add_back(block.attention, block.start, gone, mass)
-    return mass
+
+    first: int
+    starts: Longs
+    pairs: NDArray[np.int32]
+    keys: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, evicted_at: NDArray[np.int32], first: int, stop: int) -> Events:
+        """Find what of keys 0..stop-1 went after rows first..stop-1."""
+        starts = np.zeros(stop - first + 2, dtype=np.int64)
+        count_events(evicted_at, stop, first, starts)
+        pairs, keys = (np.empty(starts[-1], dtype=np.int32) for _ in range(2))
+        fill_events(evicted_at, stop, first, starts, pairs, keys)
+        return cls(first, starts[:-1], pairs, keys)
 
 
 def output_errors(block: Block, gone: NDArray[np.int32], rows: Longs) -> Doubles:

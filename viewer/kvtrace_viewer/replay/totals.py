@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.cache import left_window
-from kvtrace_viewer.replay.kernels import NEVER
+from kvtrace_viewer.replay.kernels import NEVER, total_masses
 from kvtrace_viewer.replay.measure import MASS_STEPS, HeadMeasures
 
 Doubles = NDArray[np.float64]
@@ -120,14 +120,14 @@ def summarise(
 ) -> HeadTotals:
     """Total one head, and add its rows to `steps`."""
     head = measures.head
-    pairs = len(evicted_at)
-    mass = measures.mass.astype(np.float64)
-    measured = np.isfinite(mass)
-    filled = np.where(measured, mass, 0.0)
-    lowest = np.where(measured, mass, np.inf).min(axis=1, initial=np.inf)
-    steps.masses += measured.sum(axis=1)
-    steps.mass += filled.sum(axis=1)
-    steps.worst[:] = np.minimum(steps.worst, lowest)
+    pairs, tokens = evicted_at.shape
+    counts, sums = np.zeros((pairs, tokens), dtype=np.int64), np.zeros((pairs, tokens))
+    worst = np.full((pairs, tokens), np.inf)
+    histogram = np.zeros((pairs, MASS_STEPS + 1), dtype=np.int64)
+    total_masses(measures.mass, MASS_STEPS, counts, sums, worst, histogram)
+    steps.masses += counts
+    steps.mass += sums
+    steps.worst[:] = np.minimum(steps.worst, worst)
     steps.hits += measures.hits
     steps.misses += measures.misses
     by_model = left_window(head.tokens, head.window)
@@ -136,15 +136,11 @@ def summarise(
         steps.evictions[p] += _per_row(evicted_at[p, evicted[p]], head.tokens)
         gone = _per_row(evicted_at[p, evicted_at[p] != NEVER], head.tokens)
         steps.held[p] += np.arange(1, head.tokens + 1) - gone.cumsum()
-    bins = np.minimum(np.rint(filled * MASS_STEPS).astype(np.int64), MASS_STEPS)
-    histogram = np.stack(
-        [np.bincount(bins[p][measured[p]], minlength=MASS_STEPS + 1) for p in range(pairs)]
-    )
     sinks = measures.sinks()
     return HeadTotals(
-        masses=measured.sum(axis=(1, 2)),
-        mass=filled.sum(axis=(1, 2)),
-        worst=lowest.min(axis=1, initial=np.inf),
+        masses=counts.sum(axis=1),
+        mass=sums.sum(axis=1),
+        worst=worst.min(axis=1, initial=np.inf),
         histogram=histogram,
         hits=measures.hits.sum(axis=1),
         misses=measures.misses.sum(axis=1),

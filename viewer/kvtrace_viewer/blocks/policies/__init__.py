@@ -14,10 +14,16 @@ from kvtrace_viewer.blocks.policies.lfu import LFU
 from kvtrace_viewer.blocks.policies.lirs import LIRS
 from kvtrace_viewer.blocks.policies.lru import LRU
 from kvtrace_viewer.blocks.policies.lru_k import LRUK
+from kvtrace_viewer.blocks.policies.pinned_prefix import PinnedPrefix
+from kvtrace_viewer.blocks.policies.priority import Priority
+from kvtrace_viewer.blocks.policies.recent_n import RecentN
 from kvtrace_viewer.blocks.policies.s3fifo import S3FIFO
 from kvtrace_viewer.blocks.policies.sieve import Sieve
+from kvtrace_viewer.blocks.policies.sliding_window import SlidingWindow
 from kvtrace_viewer.blocks.policies.slru import SLRU
 from kvtrace_viewer.blocks.policies.two_q import TwoQ
+from kvtrace_viewer.blocks.policies.vllm import VLLM
+from kvtrace_viewer.blocks.policies.wtinylfu import WTinyLFU
 from kvtrace_viewer.blocks.policy import BlockPolicy
 
 POLICIES: dict[str, type[BlockPolicy]] = {
@@ -34,7 +40,13 @@ POLICIES: dict[str, type[BlockPolicy]] = {
         SLRU,
         LIRS,
         LRUK,
+        WTinyLFU,
         LengthAware,
+        SlidingWindow,
+        PinnedPrefix,
+        RecentN,
+        Priority,
+        VLLM,
         Belady,
     )
 }

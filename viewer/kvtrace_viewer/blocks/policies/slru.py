@@ -17,11 +17,10 @@ from kvtrace_viewer.replay.jit import jit
 class SLRU(BlockPolicy):
     """Several LRU lists one above the other; a hit lifts a block by one, overflow lowers it.
 
-    Karedla et al. 1994, with segments of one size; what does not divide evenly is the lowest's. A
-    new block enters the lowest segment, and what that one pushes out is evicted; while the cache
-    fills, a new block enters the lowest segment with room. Hits on the reference streams are the
-    independent simulator's, or within 0.15 points of the hit ratio where the capacity does not
-    divide evenly.
+    Karedla et al. 1994, with segments of one size. A new block enters the lowest segment with
+    room, and the lowest of all where there is none; what the lowest pushes out is evicted. Places
+    that do not divide evenly are used by new blocks, until a hit makes the lowest segment give up
+    all beyond its size.
     """
 
     name: ClassVar[str] = "slru"
@@ -30,42 +29,77 @@ class SLRU(BlockPolicy):
 
     def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
         """Run; see `BlockPolicy.simulate`."""
-        segments = min(self.segments, capacity)
-        limits = np.full(segments, capacity // segments, np.int64)
-        limits[0] += capacity - limits.sum()
-        return _slru(blocks, num_blocks, limits, hits)
+        return _slru(blocks, num_blocks, capacity, min(self.segments, capacity), hits)
 
 
 @jit
-def _slru(blocks: Ids, num_blocks: int, limits: Counts, hits: Hits) -> int:
-    links = new_links(num_blocks, len(limits))
+def _slru(blocks: Ids, num_blocks: int, capacity: int, segments: int, hits: Hits) -> int:
+    links = new_links(num_blocks, segments)
     level = np.full(num_blocks, -1, np.int64)
-    sizes = np.zeros(len(limits), np.int64)
+    sizes = np.zeros(segments, np.int64)
+    limit = capacity // segments
+    held = 0
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
-        joins = 0
         if level[block] >= 0:
             hits[i] = 1
             unlink(links, block)
             sizes[level[block]] -= 1
-            joins = min(level[block] + 1, len(limits) - 1)
-        else:
-            while joins < len(limits) and sizes[joins] >= limits[joins]:
-                joins += 1
-            if joins == len(limits):
-                joins = 0
-        level[block] = joins
-        push_head(links, num_blocks + joins, block)
-        sizes[joins] += 1
-        while joins >= 0 and sizes[joins] > limits[joins]:
-            lowered = pop_tail(links, num_blocks + joins)
-            sizes[joins] -= 1
-            joins -= 1
-            level[lowered] = joins
-            if joins >= 0:
-                push_head(links, num_blocks + joins, lowered)
-                sizes[joins] += 1
-            else:
-                evictions += 1
+            joins = min(level[block] + 1, segments - 1)
+            push(links, level, sizes, num_blocks, block, joins)
+            gone = lower(links, level, sizes, num_blocks, joins, limit)
+            held -= gone
+            evictions += gone
+            continue
+        if held == capacity:
+            level[pop_lowest(links, sizes, num_blocks)] = -1
+            held -= 1
+            evictions += 1
+        push(links, level, sizes, num_blocks, block, lowest_with_room(sizes, limit))
+        held += 1
     return evictions
+
+
+@jit
+def push(links: Ids, level: Counts, sizes: Counts, first: int, block: int, joins: int) -> None:
+    """Put a block at the head of a segment; `first` is the sentinel of the lowest."""
+    push_head(links, first + joins, block)
+    level[block] = joins
+    sizes[joins] += 1
+
+
+@jit
+def lower(links: Ids, level: Counts, sizes: Counts, first: int, segment: int, limit: int) -> int:
+    """Push what is beyond the limit down from a segment, out of the lowest; blocks gone."""
+    gone = 0
+    while segment >= 0 and sizes[segment] > limit:
+        block = pop_tail(links, first + segment)
+        sizes[segment] -= 1
+        if segment > 0:
+            push(links, level, sizes, first, block, segment - 1)
+        else:
+            level[block] = -1
+            gone += 1
+        if sizes[segment] <= limit:
+            segment -= 1
+    return gone
+
+
+@jit
+def pop_lowest(links: Ids, sizes: Counts, first: int) -> int:
+    """Take the block out that is at the tail of the lowest segment that has any."""
+    segment = 0
+    while sizes[segment] == 0:
+        segment += 1
+    sizes[segment] -= 1
+    return pop_tail(links, first + segment)
+
+
+@jit
+def lowest_with_room(sizes: Counts, limit: int) -> int:
+    """The lowest segment with room; the lowest of all where none has."""
+    for segment in range(len(sizes)):
+        if sizes[segment] < limit:
+            return segment
+    return 0

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cuts
+from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.policy import Policy
 
 
@@ -31,10 +32,32 @@ class ObservedAttention(Policy):
 
     def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
         """Mean attention over the queries that see a key."""
-        sums = block.newly_received.cumsum(axis=0)
-        sums += state[: block.stop]
-        state[: block.stop] = sums[-1]
-        queries = cuts.rows[:, None] + 1 - np.arange(block.stop)
-        queries = np.clip(queries, 1, block.head.window or block.head.tokens)
-        mean: NDArray[np.float64] = sums[cuts.rows - block.start] / (queries * block.head.group)
-        return mean
+        out = np.zeros((len(cuts.rows), block.stop))
+        seen = block.head.window or block.head.tokens
+        _means(block.newly_received, block.start, cuts.rows, seen, block.head.group, state, out)
+        return out
+
+
+@jit
+def _means(
+    received: NDArray[np.float64],
+    start: int,
+    cuts: NDArray[np.int64],
+    window: int,
+    group: int,
+    sums: NDArray[np.float64],
+    out: NDArray[np.float64],
+) -> None:
+    """Add rows to `sums` and write what is due at each cut; at most `window` queries see a key."""
+    stop = received.shape[1]
+    sums = sums[:stop]
+    c = 0
+    for r in range(received.shape[0]):
+        row = received[r]
+        for j in range(row.shape[0]):
+            sums[j] += row[j]
+        if c < len(cuts) and cuts[c] == start + r:
+            line = out[c]
+            for j in range(start + r + 1):
+                line[j] = sums[j] / (min(start + r + 1 - j, window) * group)
+            c += 1

@@ -1,0 +1,32 @@
+"""Read only the last blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from kvtrace_viewer.blocks.policies.fifo import FIFO
+from kvtrace_viewer.blocks.policy import UNREAD, BlockPolicy, Outcome, parameter
+from kvtrace_viewer.blocks.stream import BlockStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecentN(BlockPolicy):
+    """Ask only for the last blocks of each request; all are stored, the first to come goes first.
+
+    The token policy of the same name, at block level: it limits what is read, not what is
+    stored. What is not read is no access.
+    """
+
+    name: ClassVar[str] = "recent_n"
+
+    n: int = parameter(64, "last blocks of a request that are read", "blocks", 1)
+
+    def run(self, stream: BlockStream, capacity: int) -> Outcome:
+        """Run; see `BlockPolicy.run`."""
+        found = FIFO().run(stream, capacity)
+        lengths = np.diff(stream.starts)
+        is_read = stream.index >= np.repeat(lengths, lengths) - self.n
+        return Outcome(np.where(is_read, found.hits, UNREAD).astype(np.uint8), found.evictions)
