@@ -271,6 +271,11 @@ class RowArrayReader:
         return 0 if self._whole else self._sealed_rows()
 
     @property
+    def is_summed(self) -> bool:
+        """Whether its rows are added to after they were written; see `kvtrace.sums`."""
+        return self._whole
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """Stored type."""
         return np.dtype(self._sealed.dtype)

@@ -20,7 +20,16 @@ from kvtrace.manifest import Manifest, is_trace, read_manifest
 #: Numbers of rank r begin at r times this.
 NUMBERS_PER_RANK = 1_000_000_000
 #: Columns that number things over all ranks, in every table; and where only one table does.
-_NUMBERED = {"row", "step", "request", "model", "encoder_request", "block", "parent"}
+_NUMBERED = {
+    "row",
+    "query_row",
+    "step",
+    "request",
+    "model",
+    "encoder_request",
+    "block",
+    "parent",
+}
 _NUMBERED_IN = {("forks", "source")}
 
 Column = Sequence[Any] | NDArray[Any]
@@ -133,9 +142,14 @@ def numbered(table: str, values: Mapping[str, Column], rank: int) -> Mapping[str
     for name, column in values.items():
         if name == "run":
             found[name] = _shifted(column, rank)
-        elif name in _NUMBERED or (table, name) in _NUMBERED_IN:
+        elif is_numbered(table, name):
             found[name] = _shifted(column, first)
     return found
+
+
+def is_numbered(table: str, column: str) -> bool:
+    """Whether a column holds numbers of which each rank has its own range."""
+    return column in _NUMBERED or (table, column) in _NUMBERED_IN
 
 
 def _shifted(column: Column, by: int) -> Column:

@@ -5,7 +5,7 @@
 CREATE TABLE runs (
     run INTEGER, source VARCHAR, kvtrace_version VARCHAR, started_ns BIGINT, command VARCHAR,
     host VARCHAR, pid INTEGER, python VARCHAR, torch VARCHAR, transformers VARCHAR,
-    detail VARCHAR, dtype VARCHAR, selection VARCHAR
+    detail VARCHAR, dtype VARCHAR, selection VARCHAR, merged_from VARCHAR
 );
 COMMENT ON TABLE runs IS 'One row per recording process.';
 COMMENT ON COLUMN runs.kvtrace_version IS 'Version of kvtrace that wrote it.';
@@ -20,6 +20,7 @@ COMMENT ON COLUMN runs.run IS 'The rank of the recording process; numbers of row
 COMMENT ON COLUMN runs.source IS 'recorded: taken from real inference; imported: from an outside file; synthetic: made up, for tests.';
 COMMENT ON COLUMN runs.detail IS 'What was asked for: events, summary, qk or qkv.';
 COMMENT ON COLUMN runs.selection IS 'Of that, what was asked for, as JSON: layers, heads (KV heads), queries, max_bytes; null where all.';
+COMMENT ON COLUMN runs.merged_from IS 'Where kvtrace merge took this rank from, as JSON: trace, rank, and the trace''s own command; null where it was recorded into this trace.';
 COMMENT ON COLUMN runs.dtype IS 'Storage type of q, k and v: float16 or float32.';
 
 CREATE TABLE models (

@@ -7,7 +7,7 @@ commit: array chunks, table segments, then the journal line that makes both visi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,11 @@ class StoreWriter:
     durable : bool
         Whether a commit outlives a power cut: chunks, segments, their folders and the journal
         reach the disk in this order before `commit` returns.
+    first_segment : int
+        Number of the first segment.
     """
 
-    def __init__(self, directory: Path, *, durable: bool = False) -> None:
+    def __init__(self, directory: Path, *, durable: bool = False, first_segment: int = 0) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self._files = FileWriter(directory, durable=durable)
@@ -60,7 +62,7 @@ class StoreWriter:
         self._arrays: dict[str, RowArrayWriter] = {}
         self._sums: dict[str, SumArrayWriter] = {}
         self._pending: dict[str, list[pa.Table]] = {}
-        self._segments = 0
+        self._segments = first_segment
         self._closed = False
         self.rows = 0
         self.commit()
@@ -105,6 +107,11 @@ class StoreWriter:
         batch = tables.to_arrow(table, values)
         if batch.num_rows:
             self._pending.setdefault(table, []).append(batch)
+
+    def append_table(self, table: str, rows: pa.Table) -> None:
+        """The same, of rows in the table's own schema."""
+        if rows.num_rows:
+            self._pending.setdefault(table, []).append(rows)
 
     def append_lane(self, name: str, lane: int, values: Array) -> None:
         """Add rows to one lane of an array: `values [n, *tail[1:]]`."""
@@ -257,13 +264,31 @@ class StoreReader:
         TraceError
             Where a segment that the journal lists is missing or damaged.
         """
+        parts = list(self.parts(name))
+        return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
+
+    def parts(self, name: str) -> Iterator[pa.Table]:
+        """The rows of `table`, segment by segment."""
         schema = tables.arrow_schemas()[name]
         state = self.state
-        parts = [
+        return (
             read_segment(self.directory / file, schema, state.files.get(file))
             for file in state.segments.get(name, [])
-        ]
-        return pa.concat_tables(parts) if parts else schema.empty_table()
+        )
+
+    def array_names(self) -> list[str]:
+        """Names of its arrays, with a row axis or without."""
+        folders = sorted((self.directory / ARRAYS).iterdir())
+        return [x.name for x in folders if not x.name.endswith(TAIL) and self.has_array(x.name)]
+
+    def axes(self, name: str) -> list[str]:
+        """Names of an array's axes."""
+        found = zarr.open_array(self.directory / ARRAYS / name, mode="r").attrs.get("axes")
+        if found is not None:
+            return [str(axis) for axis in found]  # type: ignore[union-attr]
+        # A resize had lost them, up to format 1.0.
+        catalog = {row["name"]: row["axes"] for row in self.table("array_catalog").to_pylist()}
+        return str(catalog.get(name, "row,layer,kv_head")).split(",")
 
     def has_array(self, name: str) -> bool:
         """Whether the store has an array of this name."""

@@ -311,6 +311,10 @@ class Trace:
             )
         return rank
 
+    def store(self, rank: int) -> StoreReader:
+        """The folder of one rank: its tables and arrays, as they were written."""
+        return self._stores[rank]
+
     def replay_directory(self) -> Path:
         """Where replay results of this trace belong."""
         return self.path / REPLAYS
