@@ -57,6 +57,23 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def _same(shown: Any, exact: Any) -> bool:
+    """Whether a value of an answer is the exact one as the question rounds it."""
+    if shown is None or isinstance(shown, str):
+        return bool(shown == exact) or (shown is None and exact != exact)
+    decimals = len(f"{shown:.10f}".rstrip("0").partition(".")[2]) if shown % 1 else 0
+    # Sums of float32 in another order may fall on the other side of a rounding.
+    return abs(float(shown) - float(exact)) <= 1.01 * 10.0**-decimals
+
+
+def agree(answer: list[dict[str, Any]], by_hand: list[tuple[Any, ...]]) -> bool:
+    """Whether SQL and numpy say the same."""
+    pairs = list(zip(answer, by_hand, strict=False))
+    return len(answer) == len(by_hand) and all(
+        _same(x, y) for a, b in pairs for x, y in zip(a.values(), b, strict=True)
+    )
+
+
 def fill(trace: kvtrace.Trace) -> None:
     """Write what the trace answers into the page."""
 

@@ -9,7 +9,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
-from tests.cookbook import recipes, table_text
+from benchmarks.sql_by_hand import BY_HAND, Data
+from tests.cookbook import agree, recipes, table_text
 
 from kvtrace import open as open_trace
 from kvtrace import reference
@@ -105,11 +106,14 @@ def test_the_cookbook_is_answered_as_it_says(folder: Path) -> None:
     trace = open_trace(folder / "traces/demo.kvtrace")
     found = recipes()
     assert len(found) == 20
-    for recipe in found:
+    data = Data(trace)
+    for recipe, by_hand in zip(found, BY_HAND, strict=True):
         shown, answered = recipe.answer.splitlines(), table_text(trace.sql(recipe.sql)).splitlines()
         # Times, and a sampled answer, are the machine's: the columns and how much is said are not.
         assert shown[0] == answered[0], recipe.title
         assert len(answered) == len(shown) > 2, recipe.title
+        # What the SQL says is what numpy says.
+        assert agree(trace.sql(recipe.sql).to_pylist(), by_hand(data)), recipe.title
 
 
 def test_the_sql_reference_is_what_the_definitions_say() -> None:

@@ -1,0 +1,46 @@
+"""Questions of policies, 19 and 20, in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+from benchmarks.sql_by_hand.data import Data, Rows
+
+
+def policies(d: Data) -> Rows:
+    r = d.table("replays")
+    found = []
+    for i in np.flatnonzero(r["decide_when"] == "step"):
+        same = (r["budget"] == r["budget"][i]) & (r["decide_when"] == "step")
+        place = 1 + int((r["retained_mass"][same] > r["retained_mass"][i]).sum())
+        bounds = r["bound"][same].astype(float)
+        bound = np.nan if np.isnan(bounds).all() else np.nanmax(bounds)
+        lost = bound - r["retained_mass"][i] if r["evictions"][i] else np.nan
+        rate = r["hits"][i] / (r["hits"][i] + r["misses"][i])
+        found.append(
+            (place, r["policy"][i], r["budget"][i], r["retained_mass"][i], 1 - bound, lost, rate)
+        )
+    return sorted(found, key=lambda row: (row[2], row[0]))[:6]
+
+
+def missed_tokens(d: Data) -> Rows:
+    w, r = d.table("replay_wants"), d.table("replay_regrets")
+    names = ("replay", "request", "layer", "q_head", "position")
+    at = {key: i for i, key in enumerate(zip(*(r[n].tolist() for n in names), strict=True))}
+    found = []
+    for j, key in enumerate(zip(*(w[n].tolist() for n in names), strict=True)):
+        i = at[key]
+        found.append(
+            (
+                *key[:1],
+                *key[2:],
+                r["evicted_at"][i],
+                w["query"][j],
+                w["attention"][j],
+                r["regret"][i],
+            )
+        )
+    found.sort(key=lambda row: (-round(row[7], 2), *row[1:4], -round(row[6], 3)))
+    return [
+        (*row[:4], d.texts[0, row[3]], row[4], row[5], d.texts[0, int(row[5])], *row[6:])
+        for row in found[:5]
+    ]
