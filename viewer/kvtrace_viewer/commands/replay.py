@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget",
         action="append",
         required=True,
-        metavar="N|P%",
-        help="tokens kept per KV head, or a percentage of those present; may be given several "
-        "times",
+        metavar="N|P%|A..B/STEP",
+        help="tokens kept per KV head, a percentage of those present, or a range of either, such "
+        "as 5%%..100%%/5%%; may be given several times",
     )
     parser.add_argument(
         "--when",

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
 
+MOST_BUDGETS = 1000
+
 
 @dataclass(frozen=True)
 class Amount:
@@ -90,3 +92,34 @@ def parse_budget(value: str | int | Budget) -> Budget:
             "write --budget 128 or --budget 25%"
         )
     return Budget(amount.tokens, amount.percent, amount.text)
+
+
+def parse_budgets(text: str) -> list[Budget]:
+    """Read a budget or a range of them: `5%..100%/5%` is 5%, 10%, ... 100%.
+
+    Raises
+    ------
+    InputError
+        Where an end or the step is no budget, they mix tokens and percentages, or the range is
+        empty or longer than 1,000.
+    """
+    first, dots, rest = text.partition("..")
+    if not dots:
+        return [parse_budget(text)]
+    last, _, step = rest.partition("/")
+    low, high, by = (parse_budget(part) for part in (first, last, step))
+    start, end, stride = (one.percent or Fraction(one.tokens or 0) for one in (low, high, by))
+    unit = "" if low.percent is None else "%"
+    mixed = len({one.percent is None for one in (low, high, by)}) > 1
+    count = (end - start) // stride + 1
+    if mixed or not 1 <= count <= MOST_BUDGETS:
+        found = "mixes tokens and percentages" if mixed else f"has {max(count, 0)} budgets"
+        raise InputError(
+            f"the range of budgets {text!r} {found}; FIRST..LAST/STEP with 1 to {MOST_BUDGETS:,} "
+            "was expected; write --budget 5%..100%/5%"
+        )
+    return [parse_budget(f"{_decimal(start + i * stride)}{unit}") for i in range(count)]
+
+
+def _decimal(number: Fraction) -> str:
+    return str(int(number)) if number.denominator == 1 else f"{float(number):g}"

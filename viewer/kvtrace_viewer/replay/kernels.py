@@ -204,7 +204,7 @@ def total_masses(
     counts: Longs,
     sums: Doubles,
     worst: Doubles,
-    histogram: Longs,
+    histogram: Ints,
 ) -> None:
     """Add mass [pair, query head, row], NaN where not measured, to what is kept per row.
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from kvtrace.errors import InputError
 from kvtrace.holdings import Holdings
 from kvtrace.model import LayerData, Request
 from kvtrace.trace import Trace
-from kvtrace_viewer.replay.amounts import Budget, parse_budget
+from kvtrace_viewer.replay.amounts import Budget, parse_budget, parse_budgets
 from kvtrace_viewer.replay.block import Head
 from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
 from kvtrace_viewer.replay.kernels import NEVER
@@ -68,7 +69,8 @@ def replay(
     policies : sequence of str or Policy
         `name[:key=value,...]`, or policy objects.
     budgets : sequence of str, int or Budget
-        Tokens (`128`), or a percentage of the tokens present at each decision (`25%`).
+        Tokens (`128`), a percentage of the tokens present at each decision (`25%`), or a range
+        of either (`5%..100%/5%`).
     when : str, optional
         prefill, step, every=N or stream; what each policy's paper does where left out.
     requests : sequence of int, optional
@@ -114,7 +116,7 @@ def _pairs(
     budgets: Sequence[str | int | Budget],
     when: str | When | None,
 ) -> list[Pair]:
-    limits = list(dict.fromkeys(parse_budget(budget) for budget in budgets))
+    limits = list(dict.fromkeys(one for budget in budgets for one in _budgets(budget)))
     found: dict[str, Pair] = {}
     for text in policies:
         policy = parse_policy(text)
@@ -129,6 +131,10 @@ def _pairs(
             "each was expected; name a policy and a budget"
         )
     return list(found.values())
+
+
+def _budgets(given: str | int | Budget) -> list[Budget]:
+    return parse_budgets(given) if isinstance(given, str) else [parse_budget(given)]
 
 
 def _requests(trace: Trace, numbers: Sequence[int] | None) -> list[Request]:
@@ -239,12 +245,17 @@ class _Work:
         evicted = np.where(head.evicted_at == NEVER, -1, head.evicted_at)
         self.evicted_at[:, rows, where[0], where[1]] = evicted
 
-    def result(self, p: int) -> Result:
-        """Make the result of pair `p`."""
-        pair = self.pairs[p]
+    @cached_property
+    def total(self) -> HeadTotals:
+        """All heads together, once every request was added."""
         total = HeadTotals.zeros(len(self.pairs))
         for head in self.totals.values():
             total.add(head)
+        return total
+
+    def result(self, p: int) -> Result:
+        """Make the result of pair `p`."""
+        pair, total = self.pairs[p], self.total
         masses = int(total.masses[p])
         bound = float(total.bound[p])
         return Result(
@@ -267,7 +278,8 @@ class _Work:
             output_error=float(total.error[p] / total.errors[p]) if total.errors[p] else None,
             output_rows=int(total.error_rows[p]) // len(self.totals),
             ties=int(total.ties[p]),
-            bound=bound / masses if masses and np.isfinite(bound) else None,
+            # What the dual says may lie above what there is.
+            bound=min(bound / masses, 1.0) if masses and np.isfinite(bound) else None,
             notes=self._notes(pair),
             evicted_at=self.evicted_at[p],
             places=self.places,

@@ -27,7 +27,7 @@ class HeadTotals:
     masses: Longs
     mass: Doubles
     worst: Doubles
-    histogram: NDArray[np.int64]
+    histogram: NDArray[np.int32]
     hits: Longs
     misses: Longs
     evictions: Longs
@@ -50,7 +50,7 @@ class HeadTotals:
             masses=longs(),
             mass=np.zeros(pairs),
             worst=np.full(pairs, np.inf),
-            histogram=np.zeros((pairs, MASS_STEPS + 1), dtype=np.int64),
+            histogram=np.zeros((pairs, MASS_STEPS + 1), dtype=np.int32),
             hits=longs(),
             misses=longs(),
             evictions=longs(),
@@ -123,7 +123,7 @@ def summarise(
     pairs, tokens = evicted_at.shape
     counts, sums = np.zeros((pairs, tokens), dtype=np.int64), np.zeros((pairs, tokens))
     worst = np.full((pairs, tokens), np.inf)
-    histogram = np.zeros((pairs, MASS_STEPS + 1), dtype=np.int64)
+    histogram = np.zeros((pairs, MASS_STEPS + 1), dtype=np.int32)
     total_masses(measures.mass, MASS_STEPS, counts, sums, worst, histogram)
     steps.masses += counts
     steps.mass += sums

@@ -1,0 +1,102 @@
+"""`--budget A..B/STEP` and `kvtrace size`: curves, and the smallest budget that loses so little."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvtrace.cli import main
+from kvtrace.errors import InputError
+from kvtrace.testing import SyntheticTrace
+from kvtrace.writer import LayerSpec
+from kvtrace_viewer.commands import size as verb
+from kvtrace_viewer.replay import replay
+from kvtrace_viewer.replay.amounts import parse_budgets
+from kvtrace_viewer.replay.sizing import Point, Sizing, size
+
+DECODED = [40] + [1] * 25
+
+
+def test_ranges_of_budgets() -> None:
+    assert [str(b) for b in parse_budgets("5%..20%/5%")] == ["5%", "10%", "15%", "20%"]
+    assert [str(b) for b in parse_budgets("0.5%..2%/0.5%")] == ["0.5%", "1%", "1.5%", "2%"]
+    assert [str(b) for b in parse_budgets("16..50/16")] == ["16", "32", "48"]
+    assert [str(b) for b in parse_budgets("7")] == ["7"]
+
+
+@pytest.mark.parametrize("text", ["5%..20", "5%..20%", "9..3/1", "1..9%/1", "1..99999/1", "0..4/2"])
+def test_wrong_ranges_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="budget"):
+        parse_budgets(text)
+
+
+def test_a_range_is_one_replay_of_each(synthetic_trace: SyntheticTrace) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    curve = replay(trace, ["lru", "h2o"], ["20%..60%/20%"], store=False)
+    apart = [replay(trace, [r.policy], [r.budget], store=False)[0] for r in curve]
+    assert [(r.policy, r.budget) for r in curve] == [
+        (p, b) for p in ("lru", "h2o") for b in ("20%", "40%", "60%")
+    ]
+    assert [r.to_json() for r in curve] == [r.to_json() for r in apart]
+
+
+def test_the_smallest_budget_is_followed_by_none_that_loses_more() -> None:
+    points = [Point(f"{10 * (i + 1)}%", x, None) for i, x in enumerate((0.5, 0.01, 0.03, 0.02, 0))]
+    found = Sizing({(None, None): points}, "step", "mass", 0.02)
+    assert found.smallest((None, None)) == points[3]
+    assert Sizing({(0, 0): points[:3]}, "step", "mass", 0.02).smallest((0, 0)) is None
+
+
+def test_loss_is_what_the_replays_say(synthetic_trace: SyntheticTrace) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    found = size(trace, "h2o", 0.2, budgets="10%..100%/30%")
+    plain = replay(trace, ["h2o", "oracle"], ["10%..100%/30%"], when="step", store=False)
+    for point, mine, best in zip(found.curves[None, None], plain[:4], plain[4:], strict=True):
+        assert mine.retained_mass is not None
+        assert best.bound is not None
+        assert point.loss == 1 - mine.retained_mass
+        assert point.capacity == 1 - best.bound
+        assert point.capacity <= point.loss + 1e-6
+        at = list(zip(mine.heads["layer"], mine.heads["kv_head"], strict=True)).index((1, 0))
+        head = next(p for p in found.curves[1, 0] if p.budget == mine.budget)
+        assert head.loss == 1 - mine.heads["mass"][at]
+    assert [p.budget for p in found.curves[0, None]] == ["10%", "40%", "70%", "100%"]
+
+
+def test_the_verb_counts_bytes(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specs = [
+        LayerSpec(0, 4, 2, 16, 16, 0.25),
+        LayerSpec(1, 4, 2, 16, 16, 0.25, attention_kind="sliding", sliding_window=21),
+    ]
+    trace = synthetic_trace(steps=DECODED, specs=specs)
+    args = ["size", str(trace.path), "--policy", "h2o", "--lose", "30%", "--budget", "10%..90%/20%"]
+    assert main([*args, "--context", "100", "--batch", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["budget"] for row in found["curve"]] == ["10%", "30%", "50%", "70%", "90%"]
+    model = found["model"]
+    assert model["loss"] <= 0.3
+    assert model["policy"] == pytest.approx(model["loss"] - model["capacity"])
+    assert len(found["layers"]) == 2
+    assert len(found["heads"]) == 4
+    # 2 KV heads of 16 + 16 values of 2 bytes, 100 tokens, and 20 behind the window of 21.
+    assert found["bytes"]["all"]["full"] == 3 * 2 * 64 * (100 + 20)
+    percent = int(model["budget"][:-1])
+    assert found["bytes"]["all"]["kept"] == 3 * 2 * 64 * (percent + 20 * percent // 100)
+    assert main([*args[:-1], "10%..20%/10%"]) == 0
+    out = capsys.readouterr().out
+    assert "KV cache of 1 x 65 tokens" in out
+    assert "one a KV head" in out
+    assert trace.replays().num_rows == 0
+
+
+def test_what_cannot_be_sized_is_refused(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(synthetic_trace(steps=[30]).path)
+    for more in (["--lose", "1%"], ["--lose", "3"], ["--lose", "1%", "--batch", "0"]):
+        assert main(["size", path, "--policy", "h2o", *more]) == 1
+        assert capsys.readouterr().err.startswith("error: ")
+    assert "Example: kvtrace size" in (verb.__doc__ or "")
