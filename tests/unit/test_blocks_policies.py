@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.reference import block_caches as naive
+from tests.support.blocks import MOONCAKE, REFERENCE, imported, needs_mooncake, stream_of
 
-import kvtrace
-import kvtrace.cli
 import kvtrace_viewer.blocks.policies as shipped
 from kvtrace_viewer.blocks import (
     POLICIES,
     Accounting,
     BlockStream,
     parse_block_policy,
-    read_stream,
     replay_blocks,
 )
 from kvtrace_viewer.blocks.policies.vllm import VLLM
 
-REFERENCE = Path(__file__).parents[1] / "reference"
-#: Published by others, so no part of this project; beside it where its data is kept.
-_BESIDE = (
-    Path(__file__).parents[3].joinpath("shared", "data", "mooncake", "conversation_trace.jsonl")
-)
-MOONCAKE = Path(os.environ.get("KVTRACE_MOONCAKE", _BESIDE))
 OURS = {"Sieve": "sieve", "TwoQ": "two_q", "LRUK": "lru_k", "LengthAware": "length_aware"}
 #: May be half a point of the hit ratio off; the others are equal to the integer.
 NEAR = {"S3FIFO", "LIRS", "WTinyLFU"}
@@ -57,28 +47,6 @@ TWINS: dict[str, Make] = {
 }
 
 
-def stream_of(blocks: Sequence[int], length: int = 5) -> BlockStream:
-    """A synthetic stream: requests of `length` blocks each."""
-    found, ids = np.unique(np.array(blocks, np.int64), return_inverse=True)
-    count = len(ids)
-    return BlockStream(
-        blocks=ids.astype(np.int32),
-        starts=np.array([*range(0, count, length), count]),
-        tokens=np.full(count, 16, np.int32),
-        is_output=np.zeros(count, np.bool_),
-        arrival_ns=np.arange(-(-count // length)),
-        prompt_tokens=np.full(-(-count // length), 16 * length),
-        block_size=16,
-        num_blocks=len(found),
-    )
-
-
-def imported(source: Path, folder: Path) -> BlockStream:
-    out = folder / "a.kvtrace"
-    assert kvtrace.cli.main(["import", "mooncake", str(source), "--out", str(out)]) == 0
-    return read_stream(kvtrace.open(out))
-
-
 def check(stream: BlockStream, reference: Path) -> None:
     rows = json.loads(reference.read_text())["rows"]
     ours = {name: OURS.get(name, name.lower()) for name in {row["policy"] for row in rows}}
@@ -96,9 +64,7 @@ def test_hits_on_our_sessions_are_the_independent_simulators(tmp_path: Path) -> 
     check(stream, REFERENCE / "block_hits_sessions_a.json")
 
 
-@pytest.mark.skipif(
-    not MOONCAKE.exists(), reason="no Mooncake trace (KVTRACE_MOONCAKE; docs/blocks.md says where)"
-)
+@needs_mooncake
 def test_hits_on_mooncake_are_the_independent_simulators(tmp_path: Path) -> None:
     stream = imported(MOONCAKE, tmp_path)
     check(stream, REFERENCE / "block_hits.json")

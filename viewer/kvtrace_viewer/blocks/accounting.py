@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
 from kvtrace_viewer.blocks.policy import HIT, UNREAD, Hits
@@ -47,20 +46,13 @@ class Accounting:
         """Accesses and hits, in the unit, of what became of each access."""
         if self.hits == "prefix":
             found = before_first_miss(found, stream.starts)
-        weights = stream.tokens if self.unit == "token" else np.ones(1, np.int32)
-        return _sum(found, weights)
+        weights = stream.tokens if self.unit == "token" else None
+        sums = np.bincount(found, weights, minlength=3)
+        return round(sums.sum() - sums[UNREAD]), round(sums[HIT])
 
     def to_json(self) -> dict[str, str]:
         """The modes, by name."""
         return {mode: getattr(self, mode) for mode in MODES}
-
-
-def _sum(found: Hits, weights: NDArray[np.int32]) -> tuple[int, int]:
-    if len(weights) == 1:
-        counts = np.bincount(found, minlength=3)
-        return int(len(found) - counts[UNREAD]), int(counts[HIT])
-    tokens = np.bincount(found, weights, minlength=3)
-    return round(tokens.sum() - tokens[UNREAD]), round(tokens[HIT])
 
 
 def before_first_miss(found: Hits, starts: Counts) -> Hits:

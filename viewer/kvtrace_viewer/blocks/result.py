@@ -30,6 +30,8 @@ class BlockResult:
         What counts as an access and as a hit.
     notes : tuple of str
         What must be known to read it.
+    error : float or None
+        Twice the standard error of the hit ratio, where it is of a sample; None: exact.
     """
 
     policy: str
@@ -41,6 +43,7 @@ class BlockResult:
     evictions: int
     accounting: Accounting
     notes: tuple[str, ...] = ()
+    error: float | None = None
 
     @property
     def hit_ratio(self) -> float | None:
@@ -58,6 +61,7 @@ class BlockResult:
             "hits": self.hits,
             "evictions": self.evictions,
             "hit_ratio": self.hit_ratio,
+            "error": self.error,
             "accounting": self.accounting.to_json(),
             "notes": list(self.notes),
         }

@@ -51,12 +51,7 @@ def replay_blocks(
     >>> replay_blocks(stream, ["lru", "s3fifo:small=0.2"], [1000, 10000])      # doctest: +SKIP
     """
     chosen = {policy.spec: policy for policy in map(parse_block_policy, policies)}
-    for capacity in capacities:
-        if capacity < 1:
-            raise InputError(
-                f"capacity {capacity} holds no block; a number of blocks of at least 1 was"
-                " expected; give another --capacity"
-            )
+    check_capacities(capacities)
     accounting = accounting or Accounting()
     if accounting.blocks == "full":
         stream = stream.full_blocks()
@@ -71,11 +66,24 @@ def replay_blocks(
     return results
 
 
+def check_capacities(capacities: Sequence[int]) -> None:
+    """Refuse a capacity below 1."""
+    for capacity in capacities:
+        if capacity < 1:
+            raise InputError(
+                f"capacity {capacity} holds no block; a number of blocks of at least 1 was"
+                " expected; give another --capacity"
+            )
+
+
 def _run(
     stream: BlockStream, policy: BlockPolicy, capacity: int, accounting: Accounting
 ) -> BlockResult:
     outcome = policy.run(stream, capacity)
     accesses, hits = accounting.count(stream, outcome.hits)
+    notes = (*stream.notes, *outcome.notes)
+    if policy.name == "belady" and accounting != Accounting(blocks=accounting.blocks):
+        notes += ("belady: a bound for hits per block; counted otherwise another may beat it",)
     return BlockResult(
         policy=policy.spec,
         parameters=policy.parameters(),
@@ -85,5 +93,5 @@ def _run(
         hits=hits,
         evictions=outcome.evictions,
         accounting=accounting,
-        notes=(*stream.notes, *outcome.notes),
+        notes=notes,
     )

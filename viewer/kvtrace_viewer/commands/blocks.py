@@ -1,10 +1,12 @@
 r"""Run the blocks that a workload asked for through block policies at several capacities.
 
 Every policy is asked at every capacity. The blocks come from an imported workload (kvtrace import
-mooncake, weka, lmcache or qwen-bailian).
+mooncake, weka, lmcache or qwen-bailian), from the tokens of a recorded run, cut into blocks of any
+size, or from the KV events of a serving engine.
 
 Example: kvtrace blocks conversation.kvtrace --policy lru --policy s3fifo --policy belady \
              --capacity 10000 --capacity 30000 --hits prefix
+         kvtrace blocks conversation.kvtrace --policy lru --policy sieve --curve
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from rich.table import Table
 
 import kvtrace
 from kvtrace.console import console, progress
+from kvtrace.errors import InputError
 
 if TYPE_CHECKING:
     from kvtrace_viewer.blocks import BlockResult, BlockStream
@@ -37,10 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capacity",
         action="append",
-        required=True,
+        default=[],
         type=int,
         metavar="N",
-        help="blocks that the cache holds; may be given several times",
+        help="blocks that the cache holds; may be given several times; needed without --curve",
+    )
+    parser.add_argument(
+        "--curve",
+        action="store_true",
+        help="hits over capacity: lru at all capacities by one pass, the others run at each; "
+        "without --capacity at 24 from a thousandth of the distinct blocks to all",
+    )
+    parser.add_argument(
+        "--sample",
+        type=float,
+        metavar="SHARE",
+        help="with --curve: lru from a share of the blocks, with its error, for long streams",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        metavar="N",
+        help="tokens of a block, of a recorded run (default: its cache's own, or 16)",
     )
     for mode, values in MODES.items():
         default, *_ = values
@@ -57,16 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run, print."""
-    from kvtrace_viewer.blocks import Accounting, read_stream, replay_blocks
+    from kvtrace_viewer.blocks import Accounting, read_stream, replay_blocks, replay_curves
 
+    if not args.curve and (args.sample is not None or not args.capacity):
+        raise InputError(
+            "no --curve was found, and no --capacity or a --sample; capacities, or a curve, were"
+            " expected; add --capacity 10000, say, or --curve"
+        )
     accounting = Accounting(hits=args.hits, blocks=args.blocks, unit=args.unit)
-    stream = read_stream(kvtrace.open(args.trace))
+    stream = read_stream(kvtrace.open(args.trace), args.block_size)
     with progress("replaying") as tell:
-        results = replay_blocks(stream, args.policy, args.capacity, accounting, tell)
+        if args.curve:
+            results = replay_curves(
+                stream, args.policy, args.capacity, accounting, args.sample, tell
+            )
+        else:
+            results = replay_blocks(stream, args.policy, args.capacity, accounting, tell)
     if args.json:
         print(json.dumps([result.to_json() for result in results], indent=1))
     else:
-        _show(stream, results)
+        _show(stream, results, curve=args.curve)
     return 0
 
 
@@ -82,24 +113,47 @@ def _policies() -> str:
     return "\n".join(lines)
 
 
-def _show(stream: BlockStream, results: list[BlockResult]) -> None:
+def _show(stream: BlockStream, results: list[BlockResult], *, curve: bool) -> None:
     out = console()
     out.print(
         f"{stream.requests:,} requests, {stream.accesses:,} accesses of {stream.num_blocks:,}"
         f" blocks of {stream.block_size} tokens ({stream.source})",
         markup=False,
     )
-    table = Table("policy")
-    for name in ("capacity", "accesses", "hits", "hit ratio", "evictions"):
-        table.add_column(name, justify="right")
-    for r in results:
-        ratio = "-" if r.hit_ratio is None else f"{r.hit_ratio:.4f}"
-        numbers = (f"{r.accesses:,}", f"{r.hits:,}", ratio, f"{r.evictions:,}")
-        table.add_row(r.policy, f"{r.capacity:,}", *numbers)
-    out.print(table)
+    out.print(_curve_table(results) if curve else _table(results))
     accounting = results[0].accounting
     out.print(
         f"counted: hits per {accounting.hits}, {accounting.blocks} blocks, by {accounting.unit}"
     )
     for note in dict.fromkeys(note for result in results for note in result.notes):
         out.print(f"note: {note}", markup=False)
+
+
+def _table(results: list[BlockResult]) -> Table:
+    table = Table("policy")
+    for name in ("capacity", "accesses", "hits", "hit ratio", "evictions"):
+        table.add_column(name, justify="right")
+    for r in results:
+        numbers = (f"{r.accesses:,}", f"{r.hits:,}", _ratio(r), f"{r.evictions:,}")
+        table.add_row(r.policy, f"{r.capacity:,}", *numbers)
+    return table
+
+
+def _curve_table(results: list[BlockResult]) -> Table:
+    """Hit ratios, a row a capacity, a column a policy."""
+    specs = list(dict.fromkeys(result.policy for result in results))
+    found = {(result.policy, result.capacity): result for result in results}
+    table = Table(title="hit ratio")
+    for name in ("capacity", *specs):
+        table.add_column(name, justify="right")
+    for capacity in dict.fromkeys(result.capacity for result in results):
+        ratios = (_ratio(found[spec, capacity]) for spec in specs)
+        table.add_row(f"{capacity:,}", *ratios)
+    return table
+
+
+def _ratio(result: BlockResult) -> str:
+    if result.hit_ratio is None:
+        return "-"
+    error = "" if result.error is None else f" ± {result.error:.4f}"
+    return f"{result.hit_ratio:.4f}{error}"

@@ -40,15 +40,16 @@ class VLLM(BlockPolicy):
     def run(self, stream: BlockStream, capacity: int) -> Outcome:
         """Run; see `BlockPolicy.run`."""
         hits = np.zeros(stream.accesses, np.uint8)
-        in_stream = np.diff(stream.starts)
+        lengths = np.diff(stream.starts)
         # Sources that list full blocks only have a last one that takes a place all the same.
-        needs = np.maximum(in_stream, -(-stream.prompt_tokens // stream.block_size))
+        needs = np.maximum(lengths, -(-stream.prompt_tokens // stream.block_size))
         lookups = (np.maximum(stream.prompt_tokens, 1) - 1) // stream.block_size
+        whole = np.repeat(stream.prompt_tokens // stream.block_size, lengths)
         evictions, refused = _vllm(
             stream.blocks,
             stream.starts,
             stream.is_full,
-            stream.is_output,
+            stream.is_full & (stream.index < whole),
             needs,
             lookups,
             np.concatenate([np.zeros(1, np.int64), np.cumsum(needs)]),
@@ -71,7 +72,7 @@ def _vllm(
     blocks: Ids,
     starts: Counts,
     is_full: NDArray[np.bool_],
-    is_output: NDArray[np.bool_],
+    is_asked: NDArray[np.bool_],
     needs: Counts,
     lookups: Counts,
     firsts: Counts,
@@ -98,7 +99,7 @@ def _vllm(
     for r in range(len(starts) - 1):
         start, stop = starts[r], starts[r + 1]
         for i in range(start, stop):
-            if not is_full[i] or is_output[i]:
+            if not is_asked[i]:
                 hits[i] = 2
         if needs[r] > capacity:
             refused += 1
