@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cuts
 from kvtrace_viewer.replay.checks import check_scores
 from kvtrace_viewer.replay.policies.snapkv import SnapKV
-from kvtrace_viewer.replay.policy import Policy, parameter
+from kvtrace_viewer.replay.policy import NONE, Policy, parameter
 
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]
@@ -46,9 +46,9 @@ class BaseState:
 class Composed(Policy):
     """A policy that reads another one's scores.
 
-    It needs the base's signals and its own, decides when the base does and protects what the
-    base protects; `sinks` and `recent` are handed to it. Derived policies define `score_held`
-    from `base_scores`.
+    It needs the base's signals and its own, decides when the base does, and protects what the
+    base protects unless its own `sinks` or `recent` say otherwise. Derived policies define
+    `score_held` from `base_scores`.
     """
 
     base: Policy = parameter(  # noqa: RUF009 (a dataclass field; a policy never changes)
@@ -70,10 +70,14 @@ class Composed(Policy):
                     f"base of {self.name} is {self.base.name} over {self.base.base.name}; "
                     f"{usual} was expected under it; a second base cannot be chosen"
                 )
-        for name in ("sinks", "recent", *TAKEN_OVER):
+        for name in TAKEN_OVER:
             object.__setattr__(self, name, getattr(self.base, name))
         object.__setattr__(self, "signals", type(self).signals | self.base.signals)
         super().__post_init__()
+        if not self.sinks:
+            object.__setattr__(self, "sinks", self.base.sinks)
+        if self.recent == NONE:
+            object.__setattr__(self, "recent", self.base.recent)
 
     @property
     def least_recent(self) -> int:
@@ -114,8 +118,8 @@ class Composed(Policy):
             scores = self.base.score_held(held, limit, row, block, state.own)
         else:
             scores = state.lines[int(np.searchsorted(state.rows, row)), held]
-        recent = max(int(self.base.recent.of(np.array([limit]))[0]), self.base.least_recent)
-        protected = (held < self.base.sinks) | (held > row - recent)
+        recent = max(int(self.recent.of(np.array([limit]))[0]), self.base.least_recent)
+        protected = (held < self.sinks) | (held > row - recent)
         return np.where(protected, scores.max(), scores)
 
     def limits(self, budget: Budget, rows: Longs, head: Head) -> Longs:
@@ -124,10 +128,8 @@ class Composed(Policy):
 
     def parameters(self) -> dict[str, Any]:
         """Every parameter, the base's too, as plain values."""
-        own = {f.name for f in fields(self)} - {f.name for f in fields(Policy)}
-        found = {k: v for k, v in super().parameters().items() if k in own}
-        found["base"] = self.base.name
-        return found | {k: v for k, v in self.base.parameters().items() if k not in own}
+        own = super().parameters() | {"base": self.base.name}
+        return own | {k: v for k, v in self.base.parameters().items() if k not in own}
 
     def defaults(self) -> dict[str, Any]:
         """Parameters of the same policy over the same kind of base, none of them given."""
