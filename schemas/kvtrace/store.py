@@ -28,7 +28,7 @@ from kvtrace.arrays import (
 )
 from kvtrace.checksums import damaged, declaration_sum, verify_file
 from kvtrace.errors import TraceError
-from kvtrace.files import ChunkStore, FileWriter
+from kvtrace.files import ChunkStore, FileWriter, sync
 from kvtrace.journal import JournalReader, JournalState, JournalWriter
 from kvtrace.layout import ARRAYS, JOURNAL, METADATA, TABLES
 from kvtrace.segments import encode_segment, read_segment
@@ -57,6 +57,8 @@ class StoreWriter:
         self._files = FileWriter(directory, durable=durable)
         self._journal = JournalWriter(directory / JOURNAL, durable=durable)
         self._group = zarr.open_group(ChunkStore(directory / ARRAYS, self._files), mode="w-")
+        if durable:
+            sync(directory)
         # Arrays whose declarations the journal does not have yet.
         self._undeclared: list[str] = []
         self._arrays: dict[str, RowArrayWriter] = {}
