@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvtrace
@@ -46,20 +48,21 @@ def main(folder: Path) -> Path:
             min_new_tokens=6,
             do_sample=False,
         )
-    np.savez_compressed(path.with_suffix(".npz"), **numbers(kvtrace.open(path)))
+    found: dict[str, Any] = numbers(kvtrace.open(path))
+    np.savez_compressed(path.with_suffix(".npz"), **found)
     (path / DATABASE).unlink()
     return path
 
 
-def numbers(trace: kvtrace.Trace) -> dict[str, np.ndarray]:
+def numbers(trace: kvtrace.Trace) -> dict[str, NDArray[Any]]:
     """What a golden trace must go on giving, by name."""
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, NDArray[Any]] = {}
     for one in trace.requests():
         tokens = trace.tokens(one.request)
         found[f"tokens {one.request}"] = tokens["token_id"].to_numpy()
         for spec in trace.layers_of(one.request):
             name = f"{one.request} {spec.layer}"
-            found[f"v {name}"] = trace.layer_data(spec.layer, one.request).v
+            found[f"v {name}"] = np.asarray(trace.layer_data(spec.layer, one.request).v)
             maps = [trace.attention(spec.layer, h, request=one.request) for h in range(4)]
             found[f"attention {name}"] = np.stack(maps)
     steps = trace.sql("select phase, num_tokens from steps order by step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def _write_step(
         },
     )
     text = data.draw(st.lists(TEXTS, min_size=len(of), max_size=len(of)))
-    tokens = {"request": of, "position": position, "text": text, "row": at}
+    tokens: dict[str, Any] = {"request": of, "position": position, "text": text, "row": at}
     writer.append("tokens", {**tokens, "token_id": at})
     k = rng.normal(size=(len(of), 1, 4)).astype(writer.dtype)
     q = np.repeat(k, 2, axis=1)
