@@ -266,8 +266,16 @@ class StoreReader:
         TraceError
             Where a segment that the journal lists is missing or damaged.
         """
-        parts = list(self.parts(name))
-        return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
+        while True:
+            try:
+                parts = list(self.parts(name))
+            except TraceError:
+                # The store may have been compacted meanwhile, and its old segments be gone.
+                if self.generation() == self._journal.inode:
+                    raise
+                self.refresh()
+                continue
+            return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
 
     def parts(self, name: str) -> Iterator[pa.Table]:
         """The rows of `table`, segment by segment."""
@@ -277,6 +285,10 @@ class StoreReader:
             read_segment(self.directory / file, schema, state.files.get(file))
             for file in state.segments.get(name, [])
         )
+
+    def generation(self) -> int:
+        """Which store is there now: another number after it was compacted."""
+        return self._journal.path.stat().st_ino
 
     def array_names(self) -> list[str]:
         """Names of its arrays, with a row axis or without."""
@@ -314,7 +326,11 @@ class StoreReader:
                     " record again with more detail"
                 )
             self._arrays[name] = RowArrayReader(
-                self.directory / ARRAYS, name, self._array_state, self.state.arrays
+                self.directory / ARRAYS,
+                name,
+                self._array_state,
+                self.state.arrays,
+                self.generation,
             )
         return self._arrays[name]
 
