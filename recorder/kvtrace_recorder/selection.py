@@ -15,16 +15,12 @@ from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
 from kvtrace.numbers import Numbers, parse_numbers
+from kvtrace.sizes import parse_bytes
 
 Bools = NDArray[np.bool_]
 
 MAX_BYTES = "4GiB"
 LAST_QUERIES = 64
-_UNITS = {"": 1, "b": 1} | {
-    f"{letter}{kind}": base**power
-    for power, letter in enumerate("kmgt", start=1)
-    for kind, base in (("", 1024), ("ib", 1024), ("b", 1000))
-}
 
 
 @dataclass(frozen=True)
@@ -160,11 +156,4 @@ def _queries(given: str) -> Queries:
 def _bytes(given: int | str | None) -> int | None:
     if given is None or given == "none":
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(given).lower())
-    unit = _UNITS.get(match[2]) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
-        raise InputError(
-            f"max-bytes is {given!r}; bytes with or without a unit, or none, were expected; write"
-            " --max-bytes 4GiB"
-        )
-    return int(float(match[1]) * unit)
+    return parse_bytes(given, "max-bytes", "--max-bytes 4GiB, or none")
