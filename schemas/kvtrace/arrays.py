@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from kvtrace.checksums import damaged, declaration_sum
+from kvtrace.errors import TraceError
 from kvtrace.layout import METADATA
 
 #: zarr-python costs about 0.5 ms per inner chunk, whatever its size; a shard is written as one.
@@ -222,6 +223,8 @@ class RowArrayReader:
         Re-reads the journal and returns (committed rows, whether the store is closed).
     declared : mapping of str to str
         Checksums of what arrays declare, by name; empty in a trace of format 1.0.
+    generation : callable
+        Says which store is there: another number after it was compacted.
     """
 
     def __init__(
@@ -230,9 +233,12 @@ class RowArrayReader:
         name: str,
         state: Callable[[], tuple[int, bool]],
         declared: Mapping[str, str],
+        generation: Callable[[], int] = lambda: 0,
     ) -> None:
         self._folder, self._name, self._state = folder, name, state
         self._declared = declared
+        self._generation = generation
+        self._opened = generation()
         self._rows, self._closed = state()
         try:
             self._open()
@@ -303,16 +309,25 @@ class RowArrayReader:
                 if not self._refresh():
                     raise damaged(self._folder / self._name, str(error)) from error
                 continue
+            except TraceError:
+                # What looks damaged may be half of the old store and half of the compacted one.
+                if self._generation() == self._opened:
+                    raise
+                self._refresh()
+                continue
             # A tail chunk may be deleted only after a commit that seals its rows: if none came
             # while we read, or nothing came from the tail, what we read is whole.
-            if stop <= sealed or not self._refresh():
+            if stop <= sealed and self._generation() == self._opened:
+                return values
+            if not self._refresh():
                 return values
 
     def _refresh(self) -> bool:
         """Re-read the journal; whether what this reader must read from has moved."""
-        sealed, closed = self._sealed_rows(), self._closed
+        sealed, closed, opened = self._sealed_rows(), self._closed, self._opened
+        self._opened = self._generation()
         self._rows, self._closed = self._state()
-        moved = self._sealed_rows() != sealed or self._closed != closed
+        moved = self._opened != opened or self._sealed_rows() != sealed or self._closed != closed
         if moved or self._rows > self._sealed.shape[0]:
             self._open()
         return moved

@@ -1,6 +1,7 @@
 """A trace as one zip: every file's SHA-256 inside, the same trace always the same bytes.
 
 What is derived (`trace.duckdb`, `cache/`) stays out: whoever opens the extracted trace rebuilds it.
+So does what `kvtrace check --repair` put aside.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import IO, Any
 
 from kvtrace.errors import TraceError
 from kvtrace.export.target import new_target
-from kvtrace.layout import CACHE, DATABASE
+from kvtrace.layout import CACHE, DATABASE, QUARANTINE
 from kvtrace.manifest import is_trace
 from kvtrace.trace import Trace
 
@@ -101,7 +102,7 @@ def _files(root: Path) -> Iterator[str]:
     for folder, folders, names in os.walk(root):
         here = Path(folder)
         if here == root:
-            folders[:] = [name for name in folders if name != CACHE]
+            folders[:] = [name for name in folders if name not in (CACHE, QUARANTINE)]
         # What begins with a dot is being written, or was when its writer died.
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:

@@ -72,7 +72,7 @@ class FileWriter:
             for folder in sorted(folders):
                 # A folder may be gone by now: the tail of what full shards hold.
                 if folder.exists():
-                    sync_folder(folder)
+                    sync(folder)
 
     def _make_folder(self, folder: Path) -> None:
         missing = []
@@ -120,9 +120,9 @@ class ChunkStore(LocalStore):
         self._files.write(f"{self._prefix}/{key}", value.as_buffer_like())
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -51,6 +51,13 @@ class JournalState:
     files: dict[str, FileSum] = field(default_factory=dict)
     arrays: dict[str, str] = field(default_factory=dict)
 
+    def clear(self) -> None:
+        """Begin anew; those who hold a part of it see that."""
+        self.commits = self.rows = 0
+        self.closed = self.complete = False
+        for part in (self.segments, self.files, self.arrays):
+            part.clear()
+
     def apply(self, entry: dict[str, Any]) -> None:
         """Fold one committed line in."""
         self.commits += 1
@@ -122,12 +129,18 @@ class JournalWriter:
 
 
 class JournalReader:
-    """Follows a journal; `refresh` reads only what was added since."""
+    """Follows a journal; `refresh` reads only what was added since.
+
+    A store that is compacted gets another journal of the same name, which is then read from its
+    beginning.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.state = JournalState()
         self._offset = 0
+        #: Which file was read last.
+        self.inode = 0
         self.refresh()
 
     def refresh(self) -> JournalState:
@@ -140,6 +153,10 @@ class JournalReader:
         """
         try:
             with self.path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self.inode:
+                    self.state.clear()
+                    self._offset, self.inode = 0, inode
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError as error:

@@ -28,7 +28,7 @@ from kvtrace.arrays import (
 )
 from kvtrace.checksums import damaged, declaration_sum, verify_file
 from kvtrace.errors import TraceError
-from kvtrace.files import ChunkStore, FileWriter
+from kvtrace.files import ChunkStore, FileWriter, sync
 from kvtrace.journal import JournalReader, JournalState, JournalWriter
 from kvtrace.layout import ARRAYS, JOURNAL, METADATA, TABLES
 from kvtrace.segments import encode_segment, read_segment
@@ -57,6 +57,8 @@ class StoreWriter:
         self._files = FileWriter(directory, durable=durable)
         self._journal = JournalWriter(directory / JOURNAL, durable=durable)
         self._group = zarr.open_group(ChunkStore(directory / ARRAYS, self._files), mode="w-")
+        if durable:
+            sync(directory)
         # Arrays whose declarations the journal does not have yet.
         self._undeclared: list[str] = []
         self._arrays: dict[str, RowArrayWriter] = {}
@@ -264,8 +266,16 @@ class StoreReader:
         TraceError
             Where a segment that the journal lists is missing or damaged.
         """
-        parts = list(self.parts(name))
-        return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
+        while True:
+            try:
+                parts = list(self.parts(name))
+            except TraceError:
+                # The store may have been compacted meanwhile, and its old segments be gone.
+                if self.generation() == self._journal.inode:
+                    raise
+                self.refresh()
+                continue
+            return pa.concat_tables(parts) if parts else tables.arrow_schemas()[name].empty_table()
 
     def parts(self, name: str) -> Iterator[pa.Table]:
         """The rows of `table`, segment by segment."""
@@ -275,6 +285,10 @@ class StoreReader:
             read_segment(self.directory / file, schema, state.files.get(file))
             for file in state.segments.get(name, [])
         )
+
+    def generation(self) -> int:
+        """Which store is there now: another number after it was compacted."""
+        return self._journal.path.stat().st_ino
 
     def array_names(self) -> list[str]:
         """Names of its arrays, with a row axis or without."""
@@ -312,7 +326,11 @@ class StoreReader:
                     " record again with more detail"
                 )
             self._arrays[name] = RowArrayReader(
-                self.directory / ARRAYS, name, self._array_state, self.state.arrays
+                self.directory / ARRAYS,
+                name,
+                self._array_state,
+                self.state.arrays,
+                self.generation,
             )
         return self._arrays[name]
 

@@ -20,7 +20,8 @@ from kvtrace import database
 from kvtrace.arrays import RowArrayReader
 from kvtrace.clocks import ClockNotes
 from kvtrace.errors import InputError
-from kvtrace.layout import DETAIL_ARRAYS, QUERY_ARRAYS, array_name, rank_directory
+from kvtrace.files import sync
+from kvtrace.layout import DETAIL_ARRAYS, MANIFEST, QUERY_ARRAYS, array_name, rank_directory
 from kvtrace.manifest import Manifest
 from kvtrace.ranks import claim_rank, make_trace, numbered
 from kvtrace.store import StoreReader, StoreWriter
@@ -121,6 +122,8 @@ class TraceWriter:
         them and joined by the others.
     pid : int, optional
         The process that is recorded; by default this one.
+    durable : bool
+        Whether a commit outlives a power cut; see `kvtrace.store.StoreWriter`.
 
     Raises
     ------
@@ -145,6 +148,7 @@ class TraceWriter:
         rank: int | None = 0,
         launch: str | None = None,
         pid: int | None = None,
+        durable: bool = False,
     ) -> None:
         check_choice("detail", detail, DETAIL_ARRAYS)
         check_choice("dtype", dtype, ("float16", "float32"))
@@ -168,7 +172,10 @@ class TraceWriter:
         self._overflow: dict[str, int] = {}
         self._models = 0
         self._closed = False
-        self._store = StoreWriter(self.path / rank_directory(self.rank))
+        self._store = StoreWriter(self.path / rank_directory(self.rank), durable=durable)
+        if durable:
+            for path in (self.path / MANIFEST, self.path, self.path.parent):
+                sync(path)
         run = _run_row(now, source, command, detail, dtype, versions or {}, selection)
         self.append("runs", {**run, "pid": [pid or os.getpid()]})
         # Imported times are of another clock.

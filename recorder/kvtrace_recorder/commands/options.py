@@ -53,6 +53,11 @@ def add_kept(parser: argparse.ArgumentParser) -> None:
         f" (default: {MAX_BYTES})",
     )
     parser.add_argument(
+        "--durable",
+        action="store_true",
+        help="every commit outlives a power cut, not only the death of the program",
+    )
+    parser.add_argument(
         "--verify",
         action="store_true",
         help="recompute a sample of attention outputs from the trace and compare them with the"
@@ -71,7 +76,8 @@ def kept(args: argparse.Namespace) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in ("layers", "heads", "queries", "max_bytes")}
     parse_selection(**chosen)
     check_verify(args.verify, args.detail)
-    return {"detail": args.detail, "dtype": args.dtype, "verify": args.verify, **chosen}
+    plain = {name: getattr(args, name) for name in ("detail", "dtype", "durable", "verify")}
+    return {**plain, **chosen}
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:

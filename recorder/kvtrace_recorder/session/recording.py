@@ -50,6 +50,7 @@ def record(
     verify: bool = False,
     tokenizer: Any = None,
     force: bool = False,
+    durable: bool = False,
     strict: bool = False,
     on_full: str = "drop",
     queue_bytes: int = QUEUE_BYTES,
@@ -93,6 +94,9 @@ def record(
         Gives tokens their text; by default the model's own where it lies on this machine.
     force : bool
         Replace an existing trace at `path`.
+    durable : bool
+        Let every commit outlive a power cut: files reach the disk before the journal says that
+        they are there. By default a commit outlives the death of the processes.
     strict : bool
         Let an error inside the recorder reach the model. By default it is reported once, noted in
         the trace, and the model goes on.
@@ -136,6 +140,7 @@ def record(
         verify=verify,
         texts=TokenTexts(tokenizer),
         force=force,
+        durable=durable,
         strict=strict,
         on_full=on_full,
         queue_bytes=queue_bytes,
@@ -158,6 +163,7 @@ class Recording:
         verify: bool,
         texts: TokenTexts,
         force: bool,
+        durable: bool,
         strict: bool,
         on_full: str,
         queue_bytes: int,
@@ -171,7 +177,7 @@ class Recording:
         self._detail, self._dtype, self._selection = detail, dtype, selection
         self._verify = verify
         self._texts = texts
-        self._force, self._strict = force, strict
+        self._force, self._durable, self._strict = force, durable, strict
         self._on_full, self._queue_bytes, self._progress = on_full, queue_bytes, progress
         self._command = command
         self._launch: str | None = None
@@ -332,6 +338,7 @@ class Recording:
                     "dtype": self._dtype,
                     "selection": self._selection.to_json(),
                     "force": self._force,
+                    "durable": self._durable,
                     "versions": library_versions(),
                     "pid": os.getpid(),
                     "rank": self._rank(),
