@@ -13,6 +13,7 @@ from kvtrace_viewer.blocks.run import replay_blocks
 from kvtrace_viewer.blocks.sizes import curve_capacities, replay_curves
 from kvtrace_viewer.blocks.sources import read_stream
 from kvtrace_viewer.blocks.spec import parse_block_policy
+from kvtrace_viewer.blocks.steps import StepPolicy
 from kvtrace_viewer.blocks.stream import BlockStream, dense_ids
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "BlockStream",
     "LRUCurve",
     "Outcome",
+    "StepPolicy",
     "curve_capacities",
     "dense_ids",
     "lru_curve",

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvtrace.errors import InputError
 from kvtrace_viewer.blocks.accounting import Accounting
+from kvtrace_viewer.blocks.plugins import mistakes_explained
 from kvtrace_viewer.blocks.policy import BlockPolicy
 from kvtrace_viewer.blocks.result import BlockResult
 from kvtrace_viewer.blocks.spec import parse_block_policy
@@ -79,7 +80,8 @@ def check_capacities(capacities: Sequence[int]) -> None:
 def _run(
     stream: BlockStream, policy: BlockPolicy, capacity: int, accounting: Accounting
 ) -> BlockResult:
-    outcome = policy.run(stream, capacity)
+    with mistakes_explained():
+        outcome = policy.run(stream, capacity)
     accesses, hits = accounting.count(stream, outcome.hits)
     notes = (*stream.notes, *outcome.notes)
     if policy.name == "belady" and accounting != Accounting(blocks=accounting.blocks):

@@ -1,4 +1,4 @@
-"""Block policies as users write them: `name[:key=value,...]`."""
+"""Block policies as users write them: `name[:key=value,...]`, `file.py:Class[:key=value,...]`."""
 
 from __future__ import annotations
 
@@ -7,31 +7,39 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from kvtrace.errors import InputError
+from kvtrace_viewer.blocks.plugins import load_block_policy
 from kvtrace_viewer.blocks.policies import POLICIES
 from kvtrace_viewer.blocks.policy import BlockPolicy
+from kvtrace_viewer.replay.plugins import FILE
 
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def parse_block_policy(text: str | BlockPolicy) -> BlockPolicy:
-    """Make a policy from `name[:key=value,...]`.
+    """Make a policy from `name[:key=value,...]` or `file.py:Class[:key=value,...]`.
 
     Raises
     ------
     InputError
         For an unknown name (the nearest are named), an unknown parameter or a value it cannot
-        take (what the policy takes is said).
+        take (what the policy takes is said), and a file whose policy cannot be loaded.
     """
     if isinstance(text, BlockPolicy):
         return text
+    if match := FILE.fullmatch(text):
+        kind = load_block_policy(match["file"], match["kind"])
+        return _made(text, kind, match["rest"] or "")
     name, _, rest = text.partition(":")
-    kind = POLICIES.get(name)
-    if kind is None:
+    if name not in POLICIES:
         near = difflib.get_close_matches(name, POLICIES, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "kvtrace blocks --help lists them"
         raise InputError(
             f"block policy {name!r} is unknown; expected one of {', '.join(POLICIES)}; {hint}"
         )
+    return _made(text, POLICIES[name], rest)
+
+
+def _made(text: str, kind: type[BlockPolicy], rest: str) -> BlockPolicy:
     values: dict[str, Any] = {}
     known = {f.name: f for f in fields(kind)}
     hints = get_type_hints(kind)
@@ -40,7 +48,7 @@ def parse_block_policy(text: str | BlockPolicy) -> BlockPolicy:
         if key not in known or not equals or key in values:
             raise InputError(
                 f"block policy {text!r} has {item!r}; expected each parameter once, as key=value;"
-                f" {name} takes {describe(kind) or 'none'}"
+                f" {kind.name} takes {describe(kind) or 'none'}"
             )
         values[key] = _value(text, kind, key, value, hints[key], known[key].metadata["least"])
     return kind(**values)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -34,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         action="append",
         required=True,
-        metavar="NAME[:KEY=VALUE,...]",
-        help="a policy and its parameters; may be given several times (list below)",
+        metavar="NAME|FILE.py:Class[:KEY=VALUE,...]",
+        help="a policy, or a file with one of your own, which is run, and its parameters; may be "
+        "given several times (list below)",
     )
     parser.add_argument(
         "--capacity",
@@ -72,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=default,
             help=f"what counts: {meanings} (default: {default})",
         )
+    parser.add_argument(
+        "--export-vllm",
+        type=Path,
+        metavar="FILE.py",
+        help="write the policy (one --policy) as a module that vLLM's KV offloading takes",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.epilog = "policies:\n" + _policies()
 
@@ -94,11 +102,31 @@ def run(args: argparse.Namespace) -> int:
             )
         else:
             results = replay_blocks(stream, args.policy, args.capacity, accounting, tell)
+    if args.export_vllm:
+        _export(args.policy, args.export_vllm)
     if args.json:
         print(json.dumps([result.to_json() for result in results], indent=1))
     else:
         _show(stream, results, curve=args.curve)
     return 0
+
+
+def _export(policies: list[str], path: Path) -> None:
+    from kvtrace_viewer.blocks import parse_block_policy
+    from kvtrace_viewer.blocks.offload import export_vllm
+
+    if len(policies) != 1:
+        raise InputError(
+            f"--export-vllm writes one policy; {len(policies)} were given; leave one --policy"
+        )
+    text = export_vllm(parse_block_policy(policies[0]))
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); a file to write was expected; choose"
+            " another place"
+        ) from error
 
 
 def _policies() -> str:

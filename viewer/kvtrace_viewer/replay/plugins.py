@@ -109,7 +109,7 @@ def load_policy(file: str, kind: str | None) -> type[Policy]:
     path = Path(file).resolve()
     key = f"{path}:{kind}"
     if key not in _loaded:
-        _loaded[key] = _checked(_run(path), path, kind)
+        _loaded[key] = _checked(run_file(path), path, kind)
     return _loaded[key]
 
 
@@ -157,8 +157,14 @@ def _installed(point: EntryPoint) -> type[Policy]:
     return _installed_ones[point.value]
 
 
-def _run(path: Path) -> ModuleType:
-    """Run a file as a module of its own."""
+def run_file(path: Path) -> ModuleType:
+    """Run a policy file as a module of its own.
+
+    Raises
+    ------
+    InputError
+        With the line and the reason, where it cannot be run.
+    """
     name = f"kvtrace_policy_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     spec = spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
