@@ -87,6 +87,14 @@ def query(
             timer.cancel()
 
 
+def row_counts(trace: Trace) -> dict[str, int]:
+    """Rows of every recorded table, in the order of schema.sql."""
+    names = [one.name for one in tables.catalog() if one.kind == "recorded"]
+    parts = [f"select {i} as i, count(*) as rows from {name}" for i, name in enumerate(names)]
+    found = query(trace, f"{' union all '.join(parts)} order by i")
+    return dict(zip(names, found["rows"].to_pylist(), strict=True))
+
+
 def derived_asked(sql: str) -> bool:
     """Whether a query names a table that is computed from the arrays, or a view over one."""
     return not tables.derived_names().isdisjoint(re.findall(r"\w+", sql.lower()))

@@ -25,6 +25,7 @@ from kvtrace_viewer.derived.encode import encode
 from kvtrace_viewer.derived.policies import policy_help
 from kvtrace_viewer.library import TraceLibrary
 from kvtrace_viewer.pages import PAGES
+from kvtrace_viewer.pages.sql import EXAMPLES
 from kvtrace_viewer.replay import POLICIES
 
 PROMPT, DECODED = 60, 20
@@ -330,7 +331,15 @@ def test_every_policy_is_explained() -> None:
 def test_the_schema_shown_is_the_traces_own(trace: Trace) -> None:
     found = tables(trace)
     assert next(table for table in found if table.name == "rows").num_rows == trace.rows
-    assert all(table.comment and table.columns for table in found)
+    assert all(table.comment and (table.columns or table.kind == "function") for table in found)
+    kinds = [table.kind for table in found]
+    assert kinds[0] == "view"
+    assert set(kinds) == {"view", "function", "derived", "recorded"}
+
+
+@pytest.mark.parametrize(("name", "sql"), EXAMPLES)
+def test_every_example_of_the_sql_page_is_answered(trace: Trace, name: str, sql: str) -> None:
+    assert trace.sql(sql).num_columns > 1, name
 
 
 def test_a_trace_being_recorded_is_shown_as_it_grows(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import kvtrace
 from kvtrace.console import console
 from kvtrace.errors import InputError
 from kvtrace.functions import FUNCTIONS
-from kvtrace.sql import MEMORY_LIMIT, TIMEOUT_S, derive
+from kvtrace.sql import MEMORY_LIMIT, TIMEOUT_S, derive, row_counts
 from kvtrace.tables import catalog
 
 
@@ -86,13 +86,7 @@ def _answer(trace: kvtrace.Trace, args: argparse.Namespace) -> None:
 
 def _print_catalog(trace: kvtrace.Trace) -> None:
     """Tables, views and functions: how many rows, and what they hold."""
-    recorded = [one.name for one in catalog() if one.kind == "recorded"]
-    counts = trace.sql(
-        " union all ".join(
-            f"select '{name}' as name, count(*) as n from {name}" for name in recorded
-        )
-    )
-    rows = dict(zip(counts["name"].to_pylist(), counts["n"].to_pylist(), strict=True))
+    rows = row_counts(trace)
     table = Table("name", "kind", Column("rows", justify="right"), "what it holds")
     # The views first: they are what most questions begin with.
     for one in sorted(catalog(), key=lambda one: one.kind != "view"):

@@ -4,6 +4,7 @@ window.kv = window.kv || {};
 
 (function (kv) {
     const STATUS = "sql-status";
+    const SLOW = "Running… The first question about sinks, heads or keys computes what attention says of them, once.";
     let config = null;
     let asking = 0;
 
@@ -14,8 +15,9 @@ window.kv = window.kv || {};
         const number = (asking += 1);
         kv.setQuery({ trace: config.trace, q: sql });
         kv.say(STATUS, "Running…", "info");
+        const slow = setTimeout(() => number === asking && kv.say(STATUS, SLOW, "info"), 3000);
         try {
-            const answer = await kv.post("sql", { trace: config.trace, sql });
+            const answer = await kv.post("sql", { trace: config.trace, sql }).finally(() => clearTimeout(slow));
             if (number === asking) show(answer);
         } catch (error) {
             if (number !== asking) return;

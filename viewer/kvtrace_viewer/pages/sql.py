@@ -22,6 +22,37 @@ NAME = "SQL"
 
 EXAMPLES = (
     (
+        "Attention sinks",
+        "select position, text, count(*) as heads, round(max(mean_attention), 3) as strongest\n"
+        "from sink_tokens\nwhere far_queries >= 64\ngroup by position, text\n"
+        "order by heads desc, strongest desc\nlimit 20",
+    ),
+    (
+        "What heads do",
+        "select layer, q_head, round(entropy_share, 3) as entropy,\n"
+        "       round(sparsity, 3) as sparsity, round(local_share, 3) as local,\n"
+        "       round(sink_share, 3) as sinks\n"
+        "from head_summary\nwhere request = 0\norder by layer, q_head",
+    ),
+    (
+        "Latency of requests",
+        "select request, prompt_tokens, generated_tokens, time_to_first_token_ms,\n"
+        "       time_per_output_token_ms, tokens_per_second\n"
+        "from request_latency\norder by request",
+    ),
+    (
+        "KV memory by step",
+        "select step, device, max(device_bytes) as bytes\nfrom kv_memory\n"
+        "group by step, device\norder by step\nlimit 1000",
+    ),
+    (
+        "Attention on the prompt",
+        "select position, layer, round(mass(row, layer, 0, 0, prompt_tokens), 4) as on_prompt\n"
+        "from rows join requests using (request), layers\n"
+        "where request = 0 and position >= prompt_tokens and layer < 2\n"
+        "order by layer, position",
+    ),
+    (
         "Steps by phase",
         "select phase, count(*) as steps, sum(num_tokens) as tokens,\n"
         "       round(avg(duration_ns) / 1e6, 2) as mean_ms\n"
@@ -34,13 +65,9 @@ EXAMPLES = (
     ),
     (
         "Replays, best first",
-        "select policy, budget, round(retained_mass, 4) as retained_mass, hits, misses, evictions\n"
-        "from replays\norder by retained_mass desc",
-    ),
-    (
-        "Cache growth",
-        "select step, sum(bytes) as bytes, max(tokens) as tokens\nfrom kv_events\n"
-        "where event = 'grow'\ngroup by step\norder by step\nlimit 200",
+        "select budget, place, policy, round(retained_mass, 4) as retained_mass,\n"
+        "       round(behind_best, 4) as behind_best, round(lost_to_policy, 4) as lost_to_policy\n"
+        "from replay_compare\norder by budget, place",
     ),
     (
         "Blocks by device",
@@ -49,6 +76,17 @@ EXAMPLES = (
     ),
     ("What is missing", "select what, count, reason\nfrom gaps"),
 )
+
+
+#: What the page begins with: it needs nothing computed.
+FIRST = next(sql for name, sql in EXAMPLES if name == "Steps by phase")
+
+_HEADINGS = {
+    "view": "Views",
+    "function": "Functions",
+    "derived": "Derived from q and k",
+    "recorded": "Recorded",
+}
 
 
 def register(app: Any, context: Context, order: int) -> None:
@@ -85,7 +123,7 @@ def layout(context: Context, trace: str | None = None, **query: str) -> Componen
 def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     """Build the page of a trace that opens."""
     config = {"trace": trace_id, "run": "q" in query}
-    text = query.get("q") or EXAMPLES[0][1]
+    text = query.get("q") or FIRST
     return html.Div(
         [
             dcc.Store(id="sql-config", data=config),
@@ -146,25 +184,28 @@ def results() -> Component:
 
 
 def schema_list(found: list[Table]) -> Component:
-    """Tables with their columns, types and comments, folded."""
-    return html.Div(
+    """Tables, views and functions with their columns, types and comments, folded."""
+    parts: list[Component] = []
+    for kind, heading in _HEADINGS.items():
+        parts.append(html.H3(heading))
+        parts += [_entry(table) for table in found if table.kind == kind]
+    return html.Div(parts)
+
+
+def _entry(table: Table) -> Component:
+    rows = "" if table.num_rows is None else f"{table.num_rows:,}"
+    columns = [
+        child
+        for column in table.columns
+        for child in (
+            html.Dt([html.Code(column.name), html.Span(column.type)]),
+            html.Dd(column.comment or ""),
+        )
+    ]
+    return html.Details(
         [
-            html.Details(
-                [
-                    html.Summary([html.Code(table.name), html.Span(f"{table.num_rows:,}")]),
-                    html.P(table.comment, className="kv-note"),
-                    html.Dl(
-                        [
-                            child
-                            for column in table.columns
-                            for child in (
-                                html.Dt([html.Code(column.name), html.Span(column.type)]),
-                                html.Dd(column.comment or ""),
-                            )
-                        ]
-                    ),
-                ]
-            )
-            for table in found
+            html.Summary([html.Code(table.name), html.Span(rows)]),
+            html.P(table.comment, className="kv-note"),
+            html.Dl(columns),
         ]
     )
