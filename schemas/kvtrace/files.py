@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +31,8 @@ class FileWriter:
     def __init__(self, root: Path, *, durable: bool = False) -> None:
         self.root, self.durable = root, durable
         self.written: dict[str, FileSum] = {}
+        #: What kept a file from being written: from then on the folder misses something.
+        self.failure: BaseException | None = None
         self._folders: set[Path] = set()
         # zarr writes the chunks of one call from several threads.
         self._lock = threading.Lock()
@@ -38,16 +41,18 @@ class FileWriter:
         """Write or replace a file: `data` is a buffer."""
         view = memoryview(data).cast("B")
         path = self.root / name
-        self._make_folder(path.parent)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
+            self._make_folder(path.parent)
             with temporary.open("wb", buffering=0) as file:
                 _write_all(file.fileno(), view)
                 if self.durable:
                     os.fsync(file.fileno())
             temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
+        except BaseException as error:
+            self.failure = self.failure or error
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise
         found = FileSum(len(view), crc32c(view))
         with self._lock:
@@ -60,6 +65,11 @@ class FileWriter:
             found = {name: what for name, what in self.written.items() if wanted(name)}
             self.written = {n: s for n, s in self.written.items() if n not in found}
         return found
+
+    def check(self) -> None:
+        """Raise again what kept a file from being written."""
+        if self.failure is not None:
+            raise self.failure
 
     def forget(self, prefix: str) -> None:
         """Files whose names begin so will be removed."""

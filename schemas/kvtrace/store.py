@@ -135,7 +135,14 @@ class StoreWriter:
         ----------
         rows : int, optional
             Rows that every lane of every array has; default: what the arrays agree on.
+
+        Raises
+        ------
+        OSError
+            Where the disk does not take it, now or at any time before.
         """
+        # What could not be written is missing: what was committed before stands, and nothing more.
+        self._files.check()
         self.rows = self._agreed_rows() if rows is None else rows
         for array in self._arrays.values():
             array.write_tail(self.rows)
@@ -164,6 +171,11 @@ class StoreWriter:
         finally:
             self._journal.close()
 
+    def abandon(self) -> None:
+        """End where the last commit stands; further calls do nothing."""
+        self._closed = True
+        self._journal.close()
+
     def _agreed_rows(self) -> int:
         counts = {
             array.rows(lane) for array in self._arrays.values() for lane in range(array.tail[0])
@@ -181,9 +193,14 @@ class StoreWriter:
         }
         files = self._files.take(lambda name: closed or not self._changes(name))
         self._files.sync_folders()
-        self._journal.append(
-            self.rows, segments, closed=closed, complete=complete, files=files, arrays=arrays
-        )
+        try:
+            self._journal.append(
+                self.rows, segments, closed=closed, complete=complete, files=files, arrays=arrays
+            )
+        except OSError as error:
+            # What the line would have listed is in no later one.
+            self._files.failure = error
+            raise
 
     def _changes(self, file: str) -> bool:
         """Whether a file may be written again: what an array declares, tails and sums."""

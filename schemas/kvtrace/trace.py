@@ -57,7 +57,7 @@ class Trace:
         if not self._stores:
             raise TraceError(
                 f"{self.path} holds no rank; a recording was expected;"
-                " it was killed before it wrote anything: record again"
+                " it has not begun to write, or was killed before: wait, or record again"
             )
         if rank is not None and rank not in self._stores:
             have = ", ".join(map(str, self.ranks))

@@ -8,11 +8,13 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import duckdb
 import numpy as np
 from numpy.typing import NDArray
 
@@ -351,15 +353,21 @@ class TraceWriter:
         if self._closed:
             return
         self._closed = True
-        self._finish_step("the recording ended in the middle of a step")
-        for kind, count in self._overflow.items():
-            self.add_gap(f"{kind} values", count, NARROWED)
-        self._note_clocks("close")
-        self._pad_lanes()
-        self._store.commit(self.rows)
+        try:
+            self._finish_step("the recording ended in the middle of a step")
+            for kind, count in self._overflow.items():
+                self.add_gap(f"{kind} values", count, NARROWED)
+            self._note_clocks("close")
+            self._pad_lanes()
+            self._store.commit(self.rows)
+        except BaseException:
+            self._store.abandon()
+            raise
         self._store.close(complete=complete)
         if all(store.closed for store in database.stores_by_rank(self.path).values()):
-            database.build(self.path)
+            # Without room for it the trace is whole: the first reader makes it.
+            with suppress(OSError, duckdb.Error):
+                database.build(self.path)
 
     def __enter__(self) -> Self:
         return self
