@@ -8,7 +8,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,6 @@ REPEATS = 5
 COPIED = 256 << 20
 WRITTEN = 256 << 20
 PIECE = 2 << 20
-_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ def measure_disk(folder: Path) -> Measured:
         path = Path(file.name)
 
         def write() -> None:
-            with _Opened(path, os.O_WRONLY) as disk:
+            with direct_file(path, os.O_WRONLY) as disk:
                 for at in range(0, WRITTEN, PIECE):
                     os.pwrite(disk, piece, at)
                 os.fsync(disk)
 
         def read() -> None:
-            with _Opened(path, os.O_RDONLY) as disk:
+            with direct_file(path, os.O_RDONLY) as disk:
                 for at in range(0, WRITTEN, PIECE):
                     os.preadv(disk, [piece], at)
 
@@ -110,7 +110,7 @@ def measure_disk(folder: Path) -> Measured:
         places = np.random.default_rng(1).integers(0, WRITTEN // 4096, 200) * 4096
 
         def seek() -> None:
-            with _Opened(path, os.O_RDONLY) as disk:
+            with direct_file(path, os.O_RDONLY) as disk:
                 for at in places:
                     os.preadv(disk, [small], int(at))
 
@@ -118,21 +118,18 @@ def measure_disk(folder: Path) -> Measured:
         return Measured(WRITTEN / _median(read), written, _median(seek) / len(places))
 
 
-class _Opened:
-    """A file past the page cache where the file system lets us, else with its cache dropped."""
-
-    def __init__(self, path: Path, flags: int) -> None:
-        try:
-            self.number = os.open(path, flags | _DIRECT)
-        except OSError:
-            self.number = os.open(path, flags)
-            os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def __enter__(self) -> int:
-        return self.number
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.number)
+@contextmanager
+def direct_file(path: Path, flags: int) -> Iterator[int]:
+    """Open a file past the page cache where its file system lets us, else drop its cache first."""
+    try:
+        number = os.open(path, flags | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        number = os.open(path, flags)
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        yield number
+    finally:
+        os.close(number)
 
 
 def _gpu() -> Callable[[int], list[Tier]] | None:
