@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def kvtrace_record(folder: Path, *words: str, status: int = 0) -> str:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stderr
+
+
+def run_verb(command: list[str]) -> str:
+    """Run `kvtrace VERB ...`; its standard output."""
+    words = [sys.executable, "-m", "kvtrace.cli", *command[1:]]
+    return subprocess.run(words, check=True, capture_output=True, text=True, timeout=240).stdout
 
 
 def check(folder: Path, expected: dict[int, int]) -> kvtrace.Trace:
@@ -98,6 +105,17 @@ def test_torchrun(folder: Path) -> None:
     error = kvtrace_record(folder, sys.executable, *TORCHRUN, free_port(), "work.py")
     assert "9 tokens of 2 requests by 2 processes" in error
     check(folder, {0: 4, 1: 5})
+    whole = kvtrace.open(folder / "run.kvtrace")
+    # One host: its monotonic clock is shared.
+    assert [clock.basis for clock in whole.clocks().values()] == ["reference", "monotonic"]
+    command = ["kvtrace", "replay", str(whole.path), "--policy", "h2o", "--budget", "3", "--json"]
+    (result,) = json.loads(run_verb(command))
+    assert result["tokens"] == 9
+    run_verb(["kvtrace", "export", str(whole.path), "--perfetto", str(folder / "timeline.json")])
+    events = json.loads((folder / "timeline.json").read_text())["traceEvents"]
+    # Both waited for each other at the barrier, so what they did lies within some seconds.
+    assert {event["pid"] for event in events} == {0, 1}
+    assert max(event.get("ts", 0) for event in events) < 100e6
     # The numbers are torchrun's own.
     trace = kvtrace.open(folder / "run.kvtrace", rank=1)
     assert trace.requests()[0].tokens == 5

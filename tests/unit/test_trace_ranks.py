@@ -17,9 +17,15 @@ from kvtrace.writer import LayerSpec, TraceWriter
 from kvtrace_viewer.derived.results import evicted_at
 from kvtrace_viewer.replay import replay
 
-SPECS = [LayerSpec(layer, 4, 2, 8, 8, 8**-0.5) for layer in range(2)]
+SPECS = [LayerSpec(layer, 4, 2, 8, 8, 8**-0.5, rope_theta=1e4) for layer in range(2)]
 #: Steps of one request by rank; the ranks in between recorded nothing.
 STEPS = {0: [20, 1, 1], 2: [30, 1], 5: [12, 1, 1, 1]}
+
+
+def put_projections(writer: TraceWriter, rank: int) -> None:
+    """Other output projections in each rank, so that a policy must find its own."""
+    values = np.random.default_rng(rank).normal(size=(2, 16, 32)).astype(np.float32)
+    writer.put_static("wo", values, "layer,hidden,q_head_dim")
 
 
 @pytest.fixture
@@ -29,6 +35,7 @@ def ranks(tmp_path: Path) -> kvtrace.Trace:
         path = tmp_path / "many.kvtrace"
         with TraceWriter(path, source="synthetic", rank=rank, launch="one") as writer:
             write_synthetic(writer, SPECS, steps, seed=rank)
+            put_projections(writer, rank)
     return kvtrace.open(path)
 
 
@@ -39,6 +46,7 @@ def alone(tmp_path: Path) -> dict[int, kvtrace.Trace]:
     for rank, steps in STEPS.items():
         with TraceWriter(tmp_path / f"{rank}.kvtrace", source="synthetic") as writer:
             write_synthetic(writer, SPECS, steps, seed=rank)
+            put_projections(writer, rank)
         found[rank] = kvtrace.open(writer.path)
     return found
 
@@ -69,11 +77,12 @@ def test_rows_are_told_apart(ranks: kvtrace.Trace) -> None:
 
 
 def test_one_replay_covers_all(ranks: kvtrace.Trace, alone: dict[int, kvtrace.Trace]) -> None:
-    together = replay(ranks, ["h2o", "streaming_llm"], ["50%"], "step")
+    policies = ["h2o", "streaming_llm", "expected_attention", "criticalkv"]
+    together = replay(ranks, policies, ["50%"], "prefill")
     assert ranks.table("replay_ranks")["rows"].to_pylist()[:3] == [22, 31, 15]
     for p, result in enumerate(together):
         assert result.tokens == ranks.rows
-        parts = [replay(own, [result.policy], ["50%"], "step")[0] for own in alone.values()]
+        parts = [replay(own, [result.policy], ["50%"], "prefill")[0] for own in alone.values()]
         assert result.hits == sum(part.hits for part in parts)
         assert result.evictions == sum(part.evictions for part in parts)
         for rank, part in zip(STEPS, parts, strict=True):

@@ -73,7 +73,7 @@ def extra_signals(
     if "q_prerope" in wanted and q is not None:
         fields |= _prerope(trace, spec, request, q)
     if "wo" in wanted:
-        fields["wo"] = _output_projections(trace, spec)
+        fields["wo"] = _output_projections(trace, spec, request)
     if "score" in wanted:
         fields["score"] = trace.row_array("score", spec.layer, request)
     return Extra(**fields)
@@ -129,7 +129,8 @@ def _turnable(trace: Trace, spec: Layer) -> str | None:
     """Why q cannot be turned back by its position; None where it can."""
     if spec.rope_theta is None:
         return f"layer {spec.layer} has no rope_theta to turn them back by"
-    text = trace.table("models")["config"].to_pylist()[spec.model]
+    models = {row["model"]: row["config"] for row in trace.table("models").to_pylist()}
+    text = models[spec.model]
     config = json.loads(text) if text else {}
     config = config.get("text_config") or config
     family = str(config.get("model_type", ""))
@@ -144,7 +145,8 @@ def _turnable(trace: Trace, spec: Layer) -> str | None:
     return None
 
 
-def _output_projections(trace: Trace, spec: Layer) -> Floats:
-    whole = np.asarray(trace.static("wo")[spec.layer], np.float32)  # [hidden, q_head * value_dim]
+def _output_projections(trace: Trace, spec: Layer, request: int) -> Floats:
+    # [hidden, q_head * value_dim]
+    whole = np.asarray(trace.static("wo", request)[spec.layer], np.float32)
     by_head = whole.reshape(len(whole), -1, spec.value_dim).transpose(1, 0, 2)
     return np.ascontiguousarray(by_head[spec.q_head_numbers])
