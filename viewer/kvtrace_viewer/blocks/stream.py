@@ -13,6 +13,9 @@ from kvtrace_viewer.replay.jit import jit
 Ids = NDArray[np.int32]
 Counts = NDArray[np.int64]
 
+#: Contents are looked up directly where they span no more than this many times their number.
+_DIRECT = 8
+
 
 @dataclass(frozen=True, eq=False)
 class BlockStream:
@@ -115,31 +118,54 @@ def dense_ids(contents: Counts) -> tuple[Ids, int]:
     number : int
         Distinct contents.
     """
+    contents = np.ascontiguousarray(contents, np.int64)
     ids = np.empty(len(contents), np.int32)
-    return ids, int(_dense_ids(np.ascontiguousarray(contents, np.int64), ids))
+    if not len(contents):
+        return ids, 0
+    least, most = int(contents.min()), int(contents.max())
+    if most - least < _DIRECT * len(contents):
+        return ids, int(_direct_ids(contents, least, most - least + 1, ids))
+    return ids, int(_hashed_ids(contents, ids))
 
 
 @jit
-def _dense_ids(contents: Counts, ids: Ids) -> int:
-    """Open addressing, doubled at half full; the hash is splitmix64's last step."""
-    size = 1 << 12
-    keys = np.empty(size, np.int64)
-    slots = np.full(size, -1, np.int32)
+def _direct_ids(contents: Counts, least: int, width: int, ids: Ids) -> int:
+    """Contents that are nearly dense: a table with a place for each."""
+    table = np.full(width, -1, np.int32)
+    count = 0
+    for i in range(len(contents)):
+        at = contents[i] - least
+        if table[at] < 0:
+            table[at] = count
+            count += 1
+        ids[i] = table[at]
+    return count
+
+
+@jit
+def _hashed_ids(contents: Counts, ids: Ids) -> int:
+    """Open addressing, four times as large at half full; the hash is splitmix64's last step.
+
+    A row of the table is a content and its id + 1, side by side: one miss of the cache.
+    """
+    size = 1 << 14
+    table = np.zeros((size, 2), np.int64)
     count = 0
     for i in range(len(contents)):
         key = contents[i]
         at = _slot(key, size)
-        while slots[at] >= 0 and keys[at] != key:
+        while table[at, 1] > 0 and table[at, 0] != key:
             at = (at + 1) & (size - 1)
-        if slots[at] < 0:
-            keys[at] = key
-            slots[at] = count
+        if table[at, 1] == 0:
             count += 1
+            table[at, 0] = key
+            table[at, 1] = count
             ids[i] = count - 1
             if 2 * count > size:
-                keys, slots, size = _doubled(keys, slots, size)
+                table = _larger(table)
+                size = len(table)
         else:
-            ids[i] = slots[at]
+            ids[i] = table[at, 1] - 1
     return count
 
 
@@ -152,18 +178,17 @@ def _slot(key: np.int64, size: int) -> np.int64:
 
 
 @jit
-def _doubled(keys: Counts, slots: Ids, size: int) -> tuple[Counts, Ids, int]:
-    larger = 2 * size
-    new_keys = np.empty(larger, np.int64)
-    new_slots = np.full(larger, -1, np.int32)
-    for old in range(size):
-        if slots[old] >= 0:
-            at = _slot(keys[old], larger)
-            while new_slots[at] >= 0:
-                at = (at + 1) & (larger - 1)
-            new_keys[at] = keys[old]
-            new_slots[at] = slots[old]
-    return new_keys, new_slots, larger
+def _larger(table: Counts) -> Counts:
+    size = 4 * len(table)
+    found = np.zeros((size, 2), np.int64)
+    for old in range(len(table)):
+        if table[old, 1] > 0:
+            at = _slot(table[old, 0], size)
+            while found[at, 1] > 0:
+                at = (at + 1) & (size - 1)
+            found[at, 0] = table[old, 0]
+            found[at, 1] = table[old, 1]
+    return found
 
 
 @jit
