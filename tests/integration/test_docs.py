@@ -25,6 +25,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECORDING = (ROOT / "docs/recording.md").read_text(encoding="utf-8")
 COOKBOOK = (ROOT / "docs/cookbook.md").read_text(encoding="utf-8")
 
+YOUR_POLICY = (ROOT / "docs/your-policy.md").read_text(encoding="utf-8")
+
 #: A script that knows nothing of a recorder.
 GENERATE = f"""
 import argparse
@@ -119,6 +121,22 @@ def test_the_cookbook_is_answered_as_it_says(folder: Path) -> None:
 def test_the_sql_reference_is_what_the_definitions_say() -> None:
     text = (ROOT / "docs/sql.md").read_text(encoding="utf-8")
     assert text == reference.page(), "stale: python -m kvtrace.reference > docs/sql.md"
+
+
+def test_the_tutorial_of_ones_own_policy_runs(folder: Path) -> None:
+    example = (ROOT / "examples/my_policy.py").read_text(encoding="utf-8")
+    shown, kit = blocks("python", YOUR_POLICY)
+    assert shown.strip() in example, "the page shows the example as it is"
+    (folder / "examples").mkdir()
+    (folder / "examples/my_policy.py").write_text(example)
+    (folder / "test_fading.py").write_text(kit)
+    lines = [line for block in blocks("sh", YOUR_POLICY) for line in block.splitlines()]
+    for line in lines:
+        if line.startswith("kvtrace replay"):
+            out = kvtrace(line.removeprefix("kvtrace "), folder)
+            assert "Fading" in out
+            assert "bound" in out
+    run(sys.executable, "-m", "pytest", "-q", "-p", "no:dash", "test_fading.py", cwd=folder)
 
 
 def test_local_links_lead_somewhere() -> None:

@@ -164,12 +164,12 @@ def replay_layer(
     return [one.out for one in running]
 
 
-def _measure(out: Naive, a: Array, kept: list[int], i: int) -> None:
-    group = a.shape[0]
-    out.mass[i] = [math.fsum(a[g, i, j] for j in kept) for g in range(group)]
-    needed = [(g, j) for g in range(group) for j in range(i + 1) if a[g, i, j] >= 1 / (i + 1)]
-    out.hits[i] = sum(j in kept for _, j in needed)
-    out.misses[i] = len(needed) - out.hits[i]
+def _measure(out: Naive, a: Array, read: list[int], i: int) -> None:
+    row = a[:, i, : i + 1]
+    needed = row >= 1 / (i + 1)
+    out.mass[i] = row[:, read].sum(axis=1).tolist()
+    out.hits[i] = int(needed[:, read].sum())
+    out.misses[i] = int(needed.sum()) - out.hits[i]
 
 
 def _cut(running: list[_Head], i: int, limit: int, sinks: int, recent: str, policy: str) -> None:
