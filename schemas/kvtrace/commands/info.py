@@ -72,12 +72,14 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "layers": sum(kinds[layer.model] == layer.model for layer in trace.layers),
         "rows": trace.rows,
         "ranks": _ranks(trace),
-        "requests": len(trace.requests()),
+        # Those of an imported workload have no tokens.
+        "requests": len(trace.requests()) or trace.table("requests").num_rows,
         "steps": trace.table("steps").num_rows,
         # A served trace has millions of these: counted, not read.
         **trace.sql(
             "select (select count(*) from kv_events) kv_events,"
-            " (select count(distinct block) from kv_events) blocks"
+            " (select count(distinct block) from kv_events) blocks,"
+            " (select count(*) from block_accesses) block_accesses"
         ).to_pylist()[0],
         "bytes": trace.bytes,
         "signals": sorted(trace.signals),
@@ -141,6 +143,8 @@ def _show(found: dict[str, Any]) -> None:
         for rank in found["ranks"]:
             rows = f"{rank['rows']} rows, {rank['status']}"
             out.print(f"rank      {rank['rank']}: {rows}; {_clock(rank)}")
+    if found["block_accesses"]:
+        out.print(f"workload  {found['block_accesses']:,} block accesses: kvtrace blocks")
     if found["kv_events"]:
         # Caches that are not made of blocks have events too.
         blocks = f" of {found['blocks']:,} blocks" if found["blocks"] else ""

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.blocks.chain import new_links, pop_tail, push_head, push_tail, unlink
-from kvtrace_viewer.blocks.policy import BlockPolicy, Hits, Outcome, parameter
+from kvtrace_viewer.blocks.policy import HIT, MISS, UNREAD, BlockPolicy, Hits, Outcome, parameter
 from kvtrace_viewer.blocks.stream import BlockStream, Counts, Ids
 from kvtrace_viewer.replay.jit import jit
+
+Flags = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ class VLLM(BlockPolicy):
 def _vllm(
     blocks: Ids,
     starts: Counts,
-    is_full: NDArray[np.bool_],
-    is_asked: NDArray[np.bool_],
+    is_full: Flags,
+    is_asked: Flags,
     needs: Counts,
     lookups: Counts,
     firsts: Counts,
@@ -88,7 +90,7 @@ def _vllm(
     cached = np.full(capacity, -1, np.int32)
     place_of = np.full(num_blocks, -1, np.int32)
     users = np.zeros(capacity, np.int32)
-    # Places of every request, and the requests that run, oldest first.
+    # Places of every request, and the requests that run: `oldest` first, `count` of them.
     places = np.empty(firsts[-1], np.int32)
     running = np.empty(in_flight, np.int64)
     oldest = 0
@@ -97,10 +99,10 @@ def _vllm(
     evictions = 0
     refused = 0
     for r in range(len(starts) - 1):
-        start, stop = starts[r], starts[r + 1]
-        for i in range(start, stop):
-            if not is_asked[i]:
-                hits[i] = 2
+        mine = blocks[starts[r] : starts[r + 1]]
+        own = places[firsts[r] : firsts[r + 1]]
+        for i in range(starts[r], starts[r + 1]):
+            hits[i] = MISS if is_asked[i] else UNREAD
         if needs[r] > capacity:
             refused += 1
             continue
@@ -108,41 +110,55 @@ def _vllm(
             free += _finish(links, cached, users, places, firsts, running[oldest])
             oldest = (oldest + 1) % in_flight
             count -= 1
-        found = 0
-        while found < min(lookups[r], stop - start):
-            i = start + found
-            if hits[i] == 2 or place_of[blocks[i]] < 0:
-                break
-            hits[i] = 1
-            place = place_of[blocks[i]]
-            if users[place] == 0:
-                unlink(links, place)
-                free -= 1
-            users[place] += 1
-            places[firsts[r] + found] = place
-            found += 1
+        found, taken = _look_up(links, mine, place_of, users, own, hits[starts[r] :], lookups[r])
+        free -= taken
         while free < needs[r] - found:
             free += _finish(links, cached, users, places, firsts, running[oldest])
             oldest = (oldest + 1) % in_flight
             count -= 1
-        for n in range(found, needs[r]):
-            place = pop_tail(links, capacity)
-            free -= 1
-            users[place] = 1
-            places[firsts[r] + n] = place
-            if cached[place] >= 0:
-                place_of[cached[place]] = -1
-                cached[place] = -1
-                evictions += 1
-        for n in range(found, stop - start):
-            block = blocks[start + n]
-            if is_full[start + n] and place_of[block] < 0:
-                place = places[firsts[r] + n]
-                cached[place] = block
-                place_of[block] = place
+        evictions += _allocate(links, cached, place_of, users, own, found)
+        free -= needs[r] - found
+        for n in range(found, len(mine)):
+            if is_full[starts[r] + n] and place_of[mine[n]] < 0:
+                cached[own[n]] = mine[n]
+                place_of[mine[n]] = own[n]
         running[(oldest + count) % in_flight] = r
         count += 1
     return evictions, refused
+
+
+@jit
+def _look_up(
+    links: Ids, mine: Ids, place_of: Ids, users: Ids, own: Ids, hits: Hits, most: int
+) -> tuple[int, int]:
+    """Take the cached blocks of a prefix; returns how many, and how many of them were free."""
+    found = 0
+    taken = 0
+    while found < min(most, len(mine)) and hits[found] != UNREAD and place_of[mine[found]] >= 0:
+        place = place_of[mine[found]]
+        if users[place] == 0:
+            unlink(links, place)
+            taken += 1
+        users[place] += 1
+        own[found] = place
+        hits[found] = HIT
+        found += 1
+    return found, taken
+
+
+@jit
+def _allocate(links: Ids, cached: Ids, place_of: Ids, users: Ids, own: Ids, found: int) -> int:
+    """Take free places for the rest of a request; returns the cached blocks that they evict."""
+    evicted = 0
+    for n in range(found, len(own)):
+        place = pop_tail(links, len(cached))
+        users[place] = 1
+        own[n] = place
+        if cached[place] >= 0:
+            place_of[cached[place]] = -1
+            cached[place] = -1
+            evicted += 1
+    return evicted
 
 
 @jit
