@@ -15,19 +15,36 @@ import kvtrace
 from kvtrace.bundle import CONTENTS, extract_bundle, write_bundle
 from kvtrace.cli import main
 from kvtrace.errors import InputError, TraceError
-from kvtrace.testing import SyntheticTrace, write_synthetic
+from kvtrace.testing import write_synthetic
 from kvtrace.writer import LayerSpec, TraceWriter
 from kvtrace_viewer.replay import replay
 
 SPECS = [LayerSpec(layer, 4, 2, 8, 8, 8**-0.5) for layer in range(2)]
 
 
-@pytest.fixture
-def trace(synthetic_trace: SyntheticTrace) -> kvtrace.Trace:
-    """A trace with a replay."""
-    trace = synthetic_trace([40, 1, 1], SPECS)
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> kvtrace.Trace:
+    """A trace with a replay, and with trace.duckdb."""
+    with TraceWriter(tmp_path_factory.mktemp("bundle") / "t.kvtrace", source="synthetic") as writer:
+        write_synthetic(writer, SPECS, [40, 1, 1])
+    trace = kvtrace.open(writer.path)
     replay(trace, ["h2o"], ["50%"])
+    trace.sql("select 1")
     return trace
+
+
+@pytest.fixture
+def trace(original: kvtrace.Trace, tmp_path: Path) -> kvtrace.Trace:
+    """A copy of it."""
+    return kvtrace.open(shutil.copytree(original.path, tmp_path / "t.kvtrace"))
+
+
+@pytest.fixture(scope="module")
+def packed(original: kvtrace.Trace) -> Path:
+    """Its bundle."""
+    path = original.path.with_name("x.zip")
+    write_bundle(original, path)
+    return path
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -143,15 +160,14 @@ DAMAGE: list[tuple[Callable[[dict[str, bytes]], None], str]] = [
 
 @pytest.mark.parametrize(("change", "said"), DAMAGE)
 def test_a_changed_bundle_is_refused(
-    trace: kvtrace.Trace,
+    packed: Path,
     tmp_path: Path,
     change: Callable[[dict[str, bytes]], None],
     said: str,
 ) -> None:
     inner = tmp_path / "inner"
     inner.mkdir()
-    write_bundle(trace, tmp_path / "x.zip")
-    bad = remade(tmp_path / "x.zip", tmp_path / "bad.zip", change)
+    bad = remade(packed, tmp_path / "bad.zip", change)
     with pytest.raises(TraceError, match=said):
         extract_bundle(bad, inner / "out.kvtrace")
     # Nothing is left, neither inside nor beside.
