@@ -167,11 +167,11 @@ class ArrayFunctions:
             for at, rows in _parts(source, group):
                 first = np.clip(low[at], 0, source.num_keys)
                 last = np.clip(high[at], first, source.num_keys)
-                begin, end = int(first.min()), int(last.max())
-                weights = np.nan_to_num(source.block(rows, begin, end)).astype(np.float64)
-                sums = np.concatenate([np.zeros((len(rows), 1)), weights.cumsum(axis=1)], axis=1)
-                each = np.arange(len(rows))
-                found[at] = sums[each, last - begin] - sums[each, first - begin]
+                keys = _covered(first, last)
+                sums = np.zeros((len(rows), len(keys) + 1))
+                np.cumsum(source.weights(rows, keys), axis=1, dtype=np.float64, out=sums[:, 1:])
+                each, ends = np.arange(len(rows)), np.searchsorted(keys, [first, last])
+                found[at] = sums[each, ends[1]] - sums[each, ends[0]]
         return pa.array(found, mask=np.isnan(found) | unsaid)
 
     def queries(
@@ -260,11 +260,22 @@ class ArrayFunctions:
 
 def _parts(source: HeadMap, group: Group) -> Iterator[tuple[Ids, Ids]]:
     """Places and positions of rows that are computed together; those without a query left out."""
-    kept = np.isin(group.positions, source.kept_rows())
+    kept = source.has_queries(group.positions)
     at, positions = group.at[kept], group.positions[kept]
     step = max(1, MAX_BLOCK_WEIGHTS // max(1, source.num_keys))
     for start in range(0, len(at), step):
         yield at[start : start + step], positions[start : start + step]
+
+
+def _covered(first: Ids, last: Ids) -> Ids:
+    """Keys that lie in any of some ranges [first, last), ascending."""
+    start = int(first.min())
+    if len(first) == 1:
+        return np.arange(start, int(last[0]))
+    steps = np.zeros(int(last.max()) - start + 1, np.int64)
+    np.add.at(steps, first - start, 1)
+    np.add.at(steps, last - start, -1)
+    return start + np.flatnonzero(np.cumsum(steps) > 0)
 
 
 def _head_index(spec: Layer, kind: str, head: int) -> int:

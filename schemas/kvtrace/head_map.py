@@ -63,6 +63,10 @@ class HeadMap:
         """Whether a row's query was kept."""
         return bool(np.isfinite(self._lse[row]))
 
+    def has_queries(self, rows: Ids) -> NDArray[np.bool_]:
+        """Which of some rows have their query."""
+        return np.asarray(np.isfinite(self._lse[rows]))
+
     def kept_rows(self) -> Ids:
         """Positions whose query was kept, ascending."""
         return np.flatnonzero(np.isfinite(self._lse))
@@ -116,17 +120,16 @@ class HeadMap:
         NaN where a query does not see a key, or was not kept.
         """
         keys = np.arange(key_start, key_stop, dtype=np.int64)
-        found = attention.weights(
-            self._q[rows],
-            self._k[key_start:key_stop],
-            self._lse[rows],
-            rows,
-            keys,
-            self._spec,
-            self._at,
-        )
+        found = self.weights(rows, keys)
         if not self._sees_all(rows, key_stop):
             found[~attention.visible(rows, keys, self._spec)] = np.nan
+        return found
+
+    def weights(self, rows: Ids, keys: Ids) -> Weights:
+        """Weights [row, key] of any queries on any keys, zero where not visible."""
+        found = attention.weights(
+            self._q[rows], self._k[keys], self._lse[rows], rows, keys, self._spec, self._at
+        )
         return cast("Weights", found)
 
     def _sees_all(self, rows: Ids, key_stop: int) -> bool:
