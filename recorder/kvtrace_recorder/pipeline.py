@@ -82,8 +82,9 @@ class Pipeline:
         self._progress = ProgressLine(sys.stderr.isatty() if progress is None else progress)
         self._pool = SlabPool()
         self._queue: deque[tuple[int, Message, Sequence[Slab]]] = deque()
-        self._unwritten: dict[int, Sequence[Slab]] = {}
-        self._bytes = 0
+        self._unwritten: dict[int, tuple[Message, Sequence[Slab]]] = {}
+        #: Bytes of rows that are not written yet.
+        self.queued_bytes = 0
         self._numbers = 0
         self._changed = threading.Condition()
         self._ended = threading.Event()
@@ -122,6 +123,11 @@ class Pipeline:
         -------
         Slab or None
             None where the step must be dropped; `refusal` says why.
+
+        Raises
+        ------
+        OSError
+            Where the system gives no memory.
         """
         asked = max(nbytes, step_bytes)
         with self._changed:
@@ -129,8 +135,14 @@ class Pipeline:
                 self._changed.wait(0.1)
             if self.failure is not None or (not admitted and self._is_full(asked)):
                 return None
-            self._bytes += nbytes
-        slab = self._pool.get(nbytes)
+            self.queued_bytes += nbytes
+        try:
+            slab = self._pool.get(nbytes)
+        except BaseException:
+            with self._changed:
+                self.queued_bytes -= nbytes
+                self._changed.notify_all()
+            raise
         slab.charged = nbytes
         return slab
 
@@ -152,6 +164,9 @@ class Pipeline:
     def put(self, message: Message, slabs: Sequence[Slab] = ()) -> None:
         """Queue a message; its arrays stand in these slabs, or are small."""
         with self._changed:
+            if self.failure is not None:
+                self._lose(message, slabs)
+                return
             self._numbers += 1
             self._queue.append((self._numbers, message, slabs))
             self._changed.notify_all()
@@ -169,11 +184,11 @@ class Pipeline:
         self._progress.clear()
 
     def _is_full(self, nbytes: int) -> bool:
-        return self.failure is None and self._bytes > 0 and self._bytes + nbytes > self._limit
+        return self.failure is None and self.queued_bytes > 0 and self.queued_bytes + nbytes > self._limit
 
     def _free(self, slabs: Sequence[Slab]) -> None:
         for slab in slabs:
-            self._bytes -= slab.charged
+            self.queued_bytes -= slab.charged
             if not self._pool.put(slab):
                 self._writer.forget(slab)
         self._changed.notify_all()
@@ -185,8 +200,6 @@ class Pipeline:
             while (found := self._next()) is not None:
                 number, message, slabs = found
                 self._send_texts(message)
-                with self._changed:
-                    self._unwritten[number] = slabs
                 self._writer.send(number, message, slabs)
             self._writer.end(complete=self._complete)
         except OSError:
@@ -198,7 +211,9 @@ class Pipeline:
         with self._changed:
             while True:
                 if self._queue and self.failure is None:
-                    return self._queue.popleft()
+                    found = self._queue.popleft()
+                    self._unwritten[found[0]] = found[1:]
+                    return found
                 if self._stopping or self.failure is not None:
                     return None
                 self._changed.wait()
@@ -241,7 +256,8 @@ class Pipeline:
             if answer.status is not None:
                 self.status = Status(**answer.status)
             if answer.kind == "written":
-                self._free(self._unwritten.pop(answer.value, ()))
+                _, slabs = self._unwritten.pop(answer.value, (None, ()))
+                self._free(slabs)
             else:
                 self._closed = True
                 if answer.value is not None:
@@ -254,14 +270,25 @@ class Pipeline:
         if self._progress.is_enabled and status.rows:
             self._progress.show(
                 f"kvtrace: {status.rows:,} tokens, {human_bytes(status.nbytes)},"
-                f" {human_bytes(self._bytes)} queued"
+                f" {human_bytes(self.queued_bytes)} queued"
             )
 
     def _fail(self, reason: str) -> None:
         with self._changed:
             self.failure = self.failure or reason
+            for message, slabs in self._unwritten.values():
+                self._lose(message, slabs)
+            for _, message, slabs in self._queue:
+                self._lose(message, slabs)
+            self._unwritten.clear()
             self._queue.clear()
             self._changed.notify_all()
+
+    def _lose(self, message: Message, slabs: Sequence[Slab]) -> None:
+        """Nobody will write this."""
+        if isinstance(message, StepBatch):
+            self.dropped_tokens += message.num_rows
+        self._free(slabs)
 
 
 def _open_writer(

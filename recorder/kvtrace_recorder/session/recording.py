@@ -207,7 +207,7 @@ class Recording:
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens of steps that were dropped because the queue was full."""
+        """Tokens of steps that were dropped: the queue was full, or the writer failed."""
         return self._opened.dropped_tokens
 
     @property
