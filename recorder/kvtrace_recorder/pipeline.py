@@ -184,7 +184,11 @@ class Pipeline:
         self._progress.clear()
 
     def _is_full(self, nbytes: int) -> bool:
-        return self.failure is None and self.queued_bytes > 0 and self.queued_bytes + nbytes > self._limit
+        return (
+            self.failure is None
+            and self.queued_bytes > 0
+            and self.queued_bytes + nbytes > self._limit
+        )
 
     def _free(self, slabs: Sequence[Slab]) -> None:
         for slab in slabs:
@@ -201,11 +205,15 @@ class Pipeline:
                 number, message, slabs = found
                 self._send_texts(message)
                 self._writer.send(number, message, slabs)
-            self._writer.end(complete=self._complete)
         except OSError:
             self._fail(_GONE)
         except Exception as error:  # noqa: BLE001 - the host goes on; close() reports it
             self._fail(f"{type(error).__name__}: {error}")
+        try:
+            # Also after a failure on this side: else the writer would wait for more for ever.
+            self._writer.end(complete=self._complete and self.failure is None)
+        except OSError:
+            self._fail(_GONE)
 
     def _next(self) -> tuple[int, Message, Sequence[Slab]] | None:
         with self._changed:

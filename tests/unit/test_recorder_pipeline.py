@@ -104,6 +104,21 @@ def test_what_is_put_after_the_writer_died_is_let_go(piped: tuple[Pipeline, Fake
     assert found.reserve(1000) is None
 
 
+def test_a_message_that_cannot_be_sent_ends_the_writer(
+    piped: tuple[Pipeline, FakeWriter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, writer = piped
+
+    def refuse(number: int, message: Message, slabs: Sequence[Slab]) -> None:
+        raise TypeError("a set is no part of a message")
+
+    monkeypatch.setattr(writer, "send", refuse)
+    found.put(batch(2), [])
+    assert writer.dies.wait(10)
+    until(lambda: found.failure is not None)
+    assert "a set is no part of a message" in str(found.failure)
+
+
 def test_memory_that_the_system_refuses_is_not_counted(
     piped: tuple[Pipeline, FakeWriter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
