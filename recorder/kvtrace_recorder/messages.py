@@ -182,6 +182,15 @@ class CacheEvent(NamedTuple):
     block_index: int | None = None
 
 
+@dataclass(frozen=True)
+class LayerGrowth:
+    """What a token more takes in one layer of a cache that holds just its tokens."""
+
+    layer: int
+    nbytes: int
+    device: str
+
+
 @dataclass
 class StepRecord:
     """One forward pass of one model, without its rows.
@@ -212,6 +221,9 @@ class StepRecord:
         Why the step's rows cannot be recorded; the step itself still is.
     training_step : int or None
         Optimizer steps taken before; None outside training.
+    slots : int or None
+        Tokens that every layer of `StepBatch.growth` holds after it, where growing to that is all
+        that the step did to its cache.
     """
 
     phase: str
@@ -227,6 +239,7 @@ class StepRecord:
     queries: Array | None = None
     fault: str | None = None
     training_step: int | None = None
+    slots: int | None = None
 
 
 @dataclass
@@ -241,11 +254,14 @@ class StepBatch:
         In order; only the first may have forks.
     layers : list of LayerRows
         Rows of all steps without a fault, in order; empty where there are none.
+    growth : sequence of LayerGrowth
+        The layers that steps with `slots` grew.
     """
 
     model: int
     steps: list[StepRecord]
     layers: list[LayerRows] = field(default_factory=list)
+    growth: Sequence[LayerGrowth] = ()
 
     @property
     def num_rows(self) -> int:
@@ -365,6 +381,7 @@ MESSAGES: tuple[type, ...] = (
     LayerRows,
     Sequenced,
     ForkedRequest,
+    LayerGrowth,
     StepRecord,
     StepBatch,
     CacheChange,

@@ -19,6 +19,7 @@ from kvtrace_recorder.messages import (
     Ended,
     ForkedRequest,
     Gap,
+    LayerGrowth,
     LayerRows,
     Message,
     ModelInfo,
@@ -133,6 +134,8 @@ class Scribe:
         whole: list[tuple[int, StepRecord]] = []
         for number, step in enumerate(batch.steps, start=self.steps):
             self._buffer("kv_events", _event_rows(number, step.events))
+            if step.slots is not None:
+                self._buffer("kv_events", _event_rows(number, _grown(step, batch.growth)))
             if step.fault is not None:
                 self._note("tokens", step.num_tokens, step.fault, number)
             elif step.sequences:
@@ -411,6 +414,15 @@ def _prompt_share(sequence: Sequenced, phase: str) -> int:
     if not sequence.new:
         return sequence.count
     return min(sequence.count, max(0, sequence.prompt_tokens - sequence.position))
+
+
+def _grown(step: StepRecord, growth: Sequence[LayerGrowth]) -> list[CacheEvent]:
+    """Events of a step that grew every layer by its tokens."""
+    slots, at_ns = step.slots or 0, step.started_ns + step.duration_ns
+    return [
+        CacheEvent(at_ns, one.layer, "grow", slots, slots * one.nbytes, one.device)
+        for one in growth
+    ]
 
 
 def _event_rows(number: int | None, events: Sequence[CacheEvent]) -> dict[str, Iterable[Any]]:

@@ -69,10 +69,7 @@ def test_a_decode_step_keeps_no_second_cache(tmp_path: Path) -> None:
 def start(tokens: int, trace: Path | None = None) -> subprocess.Popen[str]:
     """Start a run in a process of its own."""
     words = [sys.executable, __file__, str(tokens), *([] if trace is None else [str(trace)])]
-    # The cache of a run is copied into ever larger blocks, and glibc keeps the free space between
-    # them, more or less of it as the blocks happen to fall. Given back at once, what is left is
-    # what is held.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     return subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import BaseQuantizedLayer, Cache, DynamicLayer
 
-from kvtrace_recorder.messages import CacheEvent
+from kvtrace_recorder.messages import CacheEvent, LayerGrowth
 from kvtrace_recorder.session.requests import CacheEntry
 from kvtrace_recorder.session.step import ActiveStep
 
@@ -53,6 +53,7 @@ def cache_events(
     numbers : mapping of int to int, optional
         Layer numbers by index in the cache; the entry's own where left out.
     """
+    entry.settle_sizes()
     numbers = entry.numbers if numbers is None else numbers
     found = []
     now = time.time_ns()
@@ -74,6 +75,21 @@ def cache_events(
             found.append(CacheEvent(now, number, event, *size, _device_name(keys.device)))
             entry.sizes[number] = size
     return found
+
+
+def growth_of(step: ActiveStep) -> tuple[LayerGrowth, ...]:
+    """What a token more takes in each layer of a step's cache; empty where that is not the same.
+
+    Only of a cache whose layers all hold their tokens and nothing else, as many as the step left.
+    """
+    slots, found = step.past + step.length, []
+    for index, layer in enumerate(step.cache.layers):
+        if type(layer) is not DynamicLayer or layer.keys.shape[-2] != slots:
+            return ()
+        nbytes = (layer.keys.nbytes + layer.values.nbytes) // slots
+        number = step.entry.numbers.get(index, index)
+        found.append(LayerGrowth(number, nbytes, _device_name(layer.keys.device)))
+    return tuple(found)
 
 
 def layer_size(layer: Any) -> tuple[int, int]:

@@ -14,7 +14,14 @@ from kvtrace_recorder.messages import LayerRows
 from kvtrace_recorder.session.held_lse import held_lse
 from kvtrace_recorder.session.requests import Bools
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
-from kvtrace_recorder.taps.keep import Sums, is_off_host, norms, of_heads, sums_to_host
+from kvtrace_recorder.taps.keep import (
+    Sums,
+    as_array,
+    is_off_host,
+    norms,
+    of_heads,
+    sums_to_host,
+)
 from kvtrace_recorder.writer.slabs import Slab, room_for
 
 #: What each kind of row array is made from.
@@ -216,11 +223,11 @@ def _copy(
 ) -> Any:
     heads, width = ordered.shape[2:]
     memory = slab.take(rows * heads * width * dtype.itemsize)
-    target = torch.from_numpy(memory).view(dtype)
     if keep is None:
         # One pass that orders, narrows and copies.
-        target.view(ordered.shape).copy_(ordered)
+        target = torch.from_numpy(memory).view(dtype).view(ordered.shape)
+        target.copy_(ordered)
     else:
         flat = ordered.reshape(-1, heads, width).index_select(0, keep.to(ordered.device))
-        target.view(flat.shape).copy_(flat)
-    return target.view(rows, heads, width).numpy()
+        torch.from_numpy(memory).view(dtype).view(flat.shape).copy_(flat)
+    return as_array(memory, dtype, (rows, heads, width))

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import Sequenced, StepRecord
+from kvtrace_recorder.messages import LayerGrowth, Sequenced, StepRecord
+from kvtrace_recorder.session.cache_sizes import growth_of
 from kvtrace_recorder.session.keeping import Keeper, Plan
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import CacheEntry
@@ -98,12 +99,15 @@ class DecodePlan:
         By the attention module's id.
     keeps, kept_bytes
         As in `ActiveStep`.
+    growth : tuple of LayerGrowth
+        What the step adds to the cache's memory; empty where that is to be looked at.
     """
 
     model: ModelState
     layers: dict[int, LayerPlan | None] = field(default_factory=dict)
     keeps: Plan | None = None
     kept_bytes: int = 0
+    growth: tuple[LayerGrowth, ...] = ()
 
 
 def learn(step: ActiveStep, call: Call, taken: Taken) -> None:
@@ -125,6 +129,8 @@ def settle_plan(step: ActiveStep, *, has_rows: bool) -> None:
         Whether layers' rows are recorded; else a plan needs none.
     """
     plan, entry = step.plan, step.entry
+    if entry.plan is not None:
+        return
     if not has_rows and step.length == step.batch == 1 and step.past:
         plan = DecodePlan(step.model)
     plain = (
@@ -137,8 +143,9 @@ def settle_plan(step: ActiveStep, *, has_rows: bool) -> None:
         and len(plan.layers) == len(step.taken)
         and None not in plan.layers.values()
     )
-    if entry.plan is None and plan is not None and plain:
+    if plan is not None and plain:
         plan.keeps, plan.kept_bytes = step.keeps, step.kept_bytes
+        plan.growth = () if step.cache is None else growth_of(step)
         entry.plan = plan
 
 
@@ -179,6 +186,17 @@ def next_step(
     step.plan = plan
     step.keeps, step.kept_bytes = plan.keeps, plan.kept_bytes
     return step
+
+
+def note_growth(step: ActiveStep, cache: Any) -> bool:
+    """Note that a step has grown its cache as planned; False where that is to be looked at."""
+    plan, entry, slots = step.entry.plan, step.entry, step.past + 1
+    if plan is None or step.plan is not plan or not plan.growth:
+        return False
+    if cache.get_seq_length() != slots:
+        return False
+    step.record.slots = entry.grown_to = slots
+    return True
 
 
 def _shows(mask: Any, past: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvtrace_recorder.messages import LayerRows, StepBatch
+from kvtrace_recorder.messages import LayerGrowth, LayerRows, StepBatch
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.copies import LayerParts, RowChoice
 from kvtrace_recorder.session.requests import CacheEntry
@@ -31,6 +31,7 @@ class Held:
         self.steps: list[ActiveStep] = []
         self.layers: dict[int, LayerParts] = {}
         self._first = first
+        self.growth: tuple[LayerGrowth, ...] = ()
         self.ticks = 0
 
     def takes(self, step: ActiveStep) -> bool:
@@ -43,12 +44,15 @@ class Held:
             and step.model is first.model
             and step.cache is first.cache
             and step.batch == first.batch
+            and (step.record.slots is None or self.growth in ((), _growth(step)))
             and (step.batch == 1 or step.length == first.length == 1)
         )
 
     def add(self, step: ActiveStep) -> None:
         """Add a step that `takes` accepted."""
         self.steps.append(step)
+        if step.record.slots is not None:
+            self.growth = _growth(step)
         if step.record.fault is not None:
             return
         for number, taken in step.taken.items():
@@ -174,7 +178,8 @@ class HeldSteps:
                 self._send(held)
 
     def _send(self, held: Held) -> None:
-        batch = StepBatch(held.steps[0].model.info.key, [step.record for step in held.steps])
+        records = [step.record for step in held.steps]
+        batch = StepBatch(held.steps[0].model.info.key, records, growth=held.growth)
         rows = held.rows
         nbytes = sum(parts.nbytes(rows, self._dtype) for parts in held.layers.values())
         if not rows.count or not nbytes:
@@ -202,6 +207,10 @@ class HeldSteps:
                 self._pipeline.dropped_tokens += step.record.num_tokens
                 step.record.fault = reason
             step.entry.lose(reason)
+
+
+def _growth(step: ActiveStep) -> tuple[LayerGrowth, ...]:
+    return () if step.plan is None else step.plan.growth
 
 
 def _key(step: ActiveStep) -> int:

@@ -101,6 +101,8 @@ class CacheEntry:
         What their cross attention reads.
     plan : DecodePlan or None
         What its next plain decode step looks like.
+    grown_to : int or None
+        Tokens that the layers of the plan's growth hold, where `sizes` does not say so yet.
     """
 
     requests: list[RequestState]
@@ -112,6 +114,14 @@ class CacheEntry:
     plan: DecodePlan | None = None
     numbers: Mapping[int, int] = field(default_factory=dict)
     encoder: EncoderRun | None = None
+    grown_to: int | None = None
+
+    def settle_sizes(self) -> None:
+        """Bring `sizes` up to what plain decode steps have made of them."""
+        if self.grown_to is not None and self.plan is not None:
+            for one in self.plan.growth:
+                self.sizes[one.layer] = (self.grown_to, self.grown_to * one.nbytes)
+        self.grown_to = None
 
     def lose(self, reason: str) -> None:
         """Nothing further of these requests can be recorded."""

@@ -21,7 +21,7 @@ from kvtrace_recorder.selection import Selection
 from kvtrace_recorder.session.cache_sizes import find_cache, sizes_after
 from kvtrace_recorder.session.changes import CacheChanges
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
-from kvtrace_recorder.session.decode import learn, next_step, settle_plan
+from kvtrace_recorder.session.decode import learn, next_step, note_growth, settle_plan
 from kvtrace_recorder.session.encoders import Encoders
 from kvtrace_recorder.session.halves import ENCODER, Halves
 from kvtrace_recorder.session.held import HeldSteps
@@ -39,8 +39,8 @@ from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
 from kvtrace_recorder.taps.masks import token_mask
 from kvtrace_recorder.taps.operands import take_rows
 
-#: Whether a model runs around a call, and its step.
-Around = tuple[bool, ActiveStep | None]
+#: Whether a model runs around a call, its step, and that where attention calls are wanted.
+Around = tuple[bool, ActiveStep | None, ActiveStep | None]
 
 
 class Session:
@@ -134,21 +134,21 @@ class Session:
     @property
     def attending(self) -> ActiveStep | None:
         """The step that runs in this thread, where its attention calls are wanted."""
-        found: ActiveStep | None = getattr(self._local, "step", None)
-        # Where only events are kept, the first step says what the layers are.
-        if found is None or not (self.keeper.has_rows or found.half not in found.model.expected):
-            return None
+        found: ActiveStep | None = getattr(self._local, "attending", None)
         return found
 
     def enter_call(self, step: ActiveStep | None) -> Around:
         """A model runs in this thread from here on; None where it is not recorded."""
-        around = (self.is_inside_call, self.current)
+        around = (self.is_inside_call, self.current, self.attending)
         self._local.inside, self._local.step = True, step
+        # Where only events are kept, the first step says what the layers are.
+        wanted = step is not None and (self.keeper.has_rows or step.half not in step.model.expected)
+        self._local.attending = step if wanted else None
         return around
 
     def leave_call(self, around: Around) -> None:
         """The model has returned or raised; `around` is what `enter_call` gave."""
-        self._local.inside, self._local.step = around
+        self._local.inside, self._local.step, self._local.attending = around
 
     def wants(self, module: Any) -> bool:
         """Whether a call of this model begins a step."""
@@ -255,7 +255,8 @@ class Session:
             return
         if cache is not None:
             self._book.bind(cache, entry)
-            record.events += self.guard.run("cache sizes", sizes_after, step, cache) or []
+            if not note_growth(step, cache):
+                record.events += self.guard.run("cache sizes", sizes_after, step, cache) or []
         self._encoders.release(entry.encoder, read=record.fault is None)
         if entry.encoder is not None:
             record.fault = record.fault or entry.encoder.lost

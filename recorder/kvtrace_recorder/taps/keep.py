@@ -22,6 +22,7 @@ from kvtrace_recorder.taps.received import as_stored, row_sums
 from kvtrace_recorder.writer.slabs import Slab
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_NUMPY: dict[torch.dtype, Any] = {torch.float16: np.float16, torch.float32: np.float32}
 Bools = NDArray[np.bool_]
 
 
@@ -62,9 +63,19 @@ def sums_to_host(sums: Sequence[Sums | None], slab: Slab) -> dict[str, Any]:
 
 
 def _into(values: torch.Tensor, slab: Slab) -> NDArray[np.float32]:
-    target = torch.from_numpy(slab.take(values.nbytes)).view(torch.float32).view(values.shape)
-    target.copy_(values)
-    return np.asarray(target.numpy())
+    memory = slab.take(values.nbytes)
+    torch.from_numpy(memory).view(torch.float32).view(values.shape).copy_(values)
+    return as_array(memory, torch.float32, tuple(values.shape))
+
+
+def as_array(memory: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
+    """A slab's bytes as numbers of one of `DTYPES`.
+
+    Not `tensor.numpy()`: the array outlives the step, and the tensor that it would hold lies in
+    the C heap between the model's own, where it keeps the space around it from being used again.
+    """
+    found: NDArray[Any] = memory.view(_NUMPY[dtype]).reshape(shape)
+    return found
 
 
 def is_off_host(values: torch.Tensor) -> bool:
