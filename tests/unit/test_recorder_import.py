@@ -116,5 +116,5 @@ def test_what_is_no_npz_and_what_exists_is_refused(
 
 
 def test_formats_that_are_not_there_are_misuse(capsys: pytest.CaptureFixture[str]) -> None:
-    assert kvtrace.cli.main(["import", "mooncake", "x", "--out", "y"]) == 2
+    assert kvtrace.cli.main(["import", "csv", "x", "--out", "y"]) == 2
     assert "choose from" in capsys.readouterr().err

@@ -117,7 +117,8 @@ class LayerParts:
             hold = Hold.FRESH if kind == "q" else taken.hold
             last = parts[-1] if parts and hold is Hold.KEPT else None
             if last is not None and first >= last.length:
-                parts[-1] = Part(tensor, first - last.length, last.length + length)
+                last.tensor, last.first = tensor, first - last.length
+                last.length += length
             elif hold is Hold.BORROWED:
                 parts.append(Part(tensor[:, :, first : first + length].clone(), 0, length))
             else:

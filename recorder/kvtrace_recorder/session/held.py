@@ -63,7 +63,7 @@ class Held:
                 parts = LayerParts(taken.spec, taken.sinks, taken.kinds)
                 self.layers[number] = parts
             parts.add(taken, step.length)
-            step.taken[number] = None
+        step.taken = dict.fromkeys(step.taken)
 
     @property
     def rows(self) -> RowChoice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import weakref
@@ -256,6 +257,14 @@ class RequestBook:
         forks = entry.forks(lambda state: state.origin[0] == state.request)
         if forks:
             self.ended.append(CacheChange(forks=forks))
+
+    def take_ended(self) -> list[CacheChange | Dormant | Ended]:
+        """What is to be said of requests that have ended; each once, whichever thread asks."""
+        found: list[CacheChange | Dormant | Ended] = []
+        with contextlib.suppress(IndexError):
+            while self.ended:
+                found.append(self.ended.popleft())
+        return found
 
     def next_number(self) -> int:
         """Number of a request that has just come up."""

@@ -433,9 +433,10 @@ class Session:
             self._pipeline.put(Gap("model calls", 1, reason))
 
     def _send_ended(self) -> None:
-        if not self._book.ended:
+        ended = self._book.take_ended()
+        if not ended:
             return
         # The last steps of a cache come before its end.
         self._held.flush_all()
-        while self._book.ended:
-            self._pipeline.put(self._book.ended.popleft())
+        for message in ended:
+            self._pipeline.put(message)
