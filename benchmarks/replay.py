@@ -1,27 +1,40 @@
 """What a replay costs, in units of F: the CPU time of the softmax(q k^T) rows, computed once.
 
-    python benchmarks/replay.py [TRACE] [--tokens 2048] [--repeats 5]
+    python benchmarks/replay.py [TRACE] [--tokens 1024,4096] [--repeats 5] [--cases nine,pair]
 
 Without a trace: one layer of a random-weights attention (8 query heads, 2 KV heads of 32), really
-run on token ids. F and the replays are timed in turns, with one torch thread and CPU time; printed
-are medians of the paired ratios.
+run on token ids. F (torch, one thread) and the replays are timed in turns; printed are medians of
+the paired ratios of CPU time, and of several lengths the exponent that CPU time grows with.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from dataclasses import replace as changed
+from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import kvtrace
 from kvtrace.model import Layer, LayerData, Request
 from kvtrace.testing import log_sum_exp
-from kvtrace_viewer.replay import POLICIES, Head, Measures, parse_budget, parse_policy, parse_when
+from kvtrace_viewer.replay import (
+    Block,
+    Cuts,
+    Head,
+    Measures,
+    Policy,
+    parse_budget,
+    parse_policy,
+    parse_when,
+)
 from kvtrace_viewer.replay.engine import Run, blocks, replay_layer, workers
 from kvtrace_viewer.replay.run import heads_of
 from kvtrace_viewer.replay.totals import StepTotals
@@ -76,21 +89,64 @@ def rows_once(layers: list[list[Head]]) -> None:
             scores.masked_fill_(future, -torch.inf).softmax(dim=2)
 
 
-def replay(
-    layers: list[list[Head]], policies: list[str], budgets: list[str], when: str, output: int
-) -> None:
-    """Everything a replay does but storing."""
-    runs = [
-        Run(parse_policy(p), parse_when(when), [parse_budget(b) for b in budgets]) for p in policies
-    ]
+def runs_of(policies: Sequence[str | Policy], budgets: Sequence[str], when: str) -> list[Run]:
+    """What a replay is asked for."""
+    found = [parse_budget(b) for b in budgets]
+    return [Run(parse_policy(p), parse_when(when), found) for p in policies]
+
+
+def replay(layers: list[list[Head]], runs: list[Run], output_rows: int) -> None:
+    """Everything a replay does but reading and storing."""
+    pairs = sum(len(run.budgets) for run in runs)
+    measures = Measures(output_rows=output_rows)
     # One worker, so that CPU time is work and not waiting threads.
     with workers(1) as pool:
         for heads in layers:
-            steps = StepTotals.zeros(len(policies) * len(budgets), heads[0].tokens)
-            for head in replay_layer(
-                heads, runs, Measures(output_rows=output), pool, lambda count: None
-            ):
+            steps = StepTotals.zeros(pairs, heads[0].tokens)
+            for head in replay_layer(heads, runs, measures, pool, lambda count: None):
                 head.summarise(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinePolicy(Policy):
+    """A policy as a user writes one: attention received, by the square root of the age."""
+
+    name: ClassVar[str] = "mine"
+
+    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
+        """[token]."""
+        return np.zeros(head.tokens)
+
+    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
+        """After each cut."""
+        sums = block.received.cumsum(axis=0) + state[: block.stop]
+        state[: block.stop] = sums[-1]
+        age = np.maximum(cuts.rows[:, None] + 1 - np.arange(block.stop), 1)
+        return np.asarray(sums[cuts.rows - block.start] / np.sqrt(age))
+
+
+CASES: dict[str, tuple[list[str | Policy], list[str], int]] = {
+    "pair": (["h2o"], ["20%"], 0),
+    "lru": (["lru"], ["20%"], 0),
+    "full": (["full"], BUDGETS, 0),
+    "mine": ([MinePolicy()], BUDGETS, 0),
+    "nine": ([*NINE], BUDGETS, 0),
+    "oracle": ([*NINE, "oracle"], BUDGETS, 0),
+    "sampled": ([*NINE], BUDGETS, Measures().output_rows),
+    "exact": ([*NINE], BUDGETS, 1 << 30),
+}
+"""Policies, budgets, rows of the output error (0: none)."""
+
+TEXTS = {
+    "pair": "h2o at 20%",
+    "lru": "lru at 20%",
+    "full": "full x 8: rows and measures alone",
+    "mine": "a Python policy x 8",
+    "nine": "9 policies x 8 budgets",
+    "oracle": "9 and the oracle x 8",
+    "sampled": "9 x 8, output error sampled",
+    "exact": "9 x 8, output error of every row",
+}
 
 
 def cpu(work: Callable[[], None]) -> float:
@@ -100,60 +156,48 @@ def cpu(work: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
+def time_case(layers: list[list[Head]], case: str, when: str, repeats: int) -> tuple[float, float]:
+    """Time one case in turns with F: the median ratio, and the median CPU seconds."""
+    policies, budgets, output_rows = CASES[case]
+    if not output_rows:
+        layers = [[changed(head, v=None) for head in heads] for heads in layers]
+    runs = runs_of(policies, budgets, when)
+    ratios, seconds = [], []
+    for _ in range(repeats):
+        f = cpu(lambda: rows_once(layers))
+        seconds.append(cpu(lambda: replay(layers, runs, output_rows or 1)))
+        ratios.append(seconds[-1] / f)
+    return statistics.median(ratios), statistics.median(seconds)
+
+
 def main() -> None:
     """Time, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", nargs="?")
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", default="2048", help="lengths, comma separated")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--when", default="step,stream")
+    parser.add_argument("--cases", default=",".join(CASES))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    layers = trace_heads(args.trace) if args.trace else [random_weights_heads(args.tokens)]
-    cases = {
-        "1 pair (h2o 20%)": (["h2o"], ["20%"]),
-        "1 pair (lru 20%)": (["lru"], ["20%"]),
-        "9 policies x 8 budgets": (NINE, BUDGETS),
-        "9 and the oracle x 8": ([*NINE, "oracle"], BUDGETS),
-    }
-    head = layers[0][0]
-    print(
-        f"{args.trace or 'random weights'}: {head.tokens} tokens, prompt {head.prompt_tokens}, "
-        f"{len(layers)} layers, {len(layers[0])} KV heads of {head.group} query heads"
-    )
-    rows_once(layers)
-    for when in ("step", "stream"):
-        for name, (policies, budgets) in cases.items():
-            for output in (0, 256):
-                time_case(layers, policies, budgets, when, output, name, args.repeats)
-
-    for policy, kind in POLICIES.items():
-        time_case(layers, [policy], BUDGETS, kind.default_when, 0, f"{policy} x 8", args.repeats)
-
-
-def time_case(
-    layers: list[list[Head]],
-    policies: list[str],
-    budgets: list[str],
-    when: str,
-    output: int,
-    name: str,
-    repeats: int,
-) -> None:
-    """Time one case in turns with F and print the median ratio."""
-    needs_values = any("v" in POLICIES[policy].signals for policy in policies)
-    if not output and not needs_values:
-        layers = [[changed(head, v=None) for head in heads] for heads in layers]
-
-    def work() -> None:
-        replay(layers, policies, budgets, when, output or 1)
-
-    work()
-    ratios = []
-    for _ in range(repeats):
-        f = cpu(lambda: rows_once(layers))
-        ratios.append(cpu(work) / f)
-    error = f"output error over at most {output} rows" if output else "no output error"
-    print(f"{when:7s} {name:38s} {error:38s} {statistics.median(ratios):6.2f} F  (F {f:.3f} s)")
+    lengths = [int(n) for n in args.tokens.split(",")]
+    warm = [random_weights_heads(160)]
+    for when in args.when.split(","):
+        for case in args.cases.split(","):
+            time_case(warm, case, when, 1)  # compiled code is read from its cache
+            spent: dict[int, float] = {}
+            for tokens in lengths:
+                layers = trace_heads(args.trace) if args.trace else [random_weights_heads(tokens)]
+                ratio, spent[tokens] = time_case(layers, case, when, args.repeats)
+                print(
+                    f"{when:7s} {TEXTS[case]:34s} {layers[0][0].tokens:6d} tokens "
+                    f"{ratio:6.2f} F {spent[tokens]:8.3f} s",
+                    flush=True,
+                )
+            if len(lengths) > 1:
+                slope = np.polyfit(np.log(lengths), np.log(list(spent.values())), 1)[0]
+                print(f"{when:7s} {TEXTS[case]:34s} grows with tokens to the {slope:.2f}")
+    print(f"most memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
 
 
 if __name__ == "__main__":

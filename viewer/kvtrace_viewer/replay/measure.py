@@ -58,7 +58,7 @@ class Measures:
     needed_share: float = 1.0
     sink_share: float = 0.1
     sink_distance: int = 64
-    output_rows: int = 256
+    output_rows: int = 128
 
 
 class HeadMeasures:
