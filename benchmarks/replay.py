@@ -1,6 +1,6 @@
 """What a replay costs, in units of F: the CPU time of the softmax(q k^T) rows, computed once.
 
-    python benchmarks/replay.py [TRACE] [--tokens 1024,4096] [--repeats 5] [--cases nine,pair]
+    python benchmarks/replay.py [TRACE] [--tokens 1024,4096] [--layers 2] [--cases nine,pair]
 
 Without a trace: one layer of a random-weights attention (8 query heads, 2 KV heads of 32), really
 run on token ids. F (torch, one thread) and the replays are timed in turns; printed are medians of
@@ -68,14 +68,20 @@ def random_weights_heads(tokens: int) -> list[Head]:
     return heads_of(data, Request(0, 0, tokens, tokens // 2, None, None, 0), 1)
 
 
-def trace_heads(path: str) -> list[list[Head]]:
-    """All layers of a trace's longest request."""
+def trace_heads(path: str, tokens: int, layers: int) -> list[list[Head]]:
+    """The first layers and tokens of a trace's longest request, half of them as its prompt."""
     trace = kvtrace.open(path)
     request = max(trace.requests(), key=lambda r: r.tokens)
-    layers = [layer.layer for layer in trace.layers if layer.model == request.model]
-    return [
-        heads_of(trace.layer_data(layer, request.request), request, len(layers)) for layer in layers
-    ]
+    numbers = [layer.layer for layer in trace.layers if layer.model == request.model][:layers]
+    data = [trace.layer_data(layer, request.request) for layer in numbers]
+    return [[first_tokens(h, tokens) for h in heads_of(one, request, layers)] for one in data]
+
+
+def first_tokens(head: Head, tokens: int) -> Head:
+    """The first tokens of a head: later ones are not seen by them."""
+    arrays = {name: getattr(head, name) for name in ("q", "k", "v", "lse")}
+    cut = {name: None if x is None else x[:tokens] for name, x in arrays.items()}
+    return changed(head, **cut, prompt_tokens=min(tokens, head.tokens) // 2)
 
 
 def rows_once(layers: list[list[Head]]) -> None:
@@ -175,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("trace", nargs="?")
     parser.add_argument("--tokens", default="2048", help="lengths, comma separated")
+    parser.add_argument("--layers", type=int, default=99, help="of a trace, the first ones")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--when", default="step,stream")
     parser.add_argument("--cases", default=",".join(CASES))
@@ -187,7 +194,11 @@ def main() -> None:
             time_case(warm, case, when, 1)  # compiled code is read from its cache
             spent: dict[int, float] = {}
             for tokens in lengths:
-                layers = trace_heads(args.trace) if args.trace else [random_weights_heads(tokens)]
+                layers = (
+                    trace_heads(args.trace, tokens, args.layers)
+                    if args.trace
+                    else [random_weights_heads(tokens)]
+                )
                 ratio, spent[tokens] = time_case(layers, case, when, args.repeats)
                 print(
                     f"{when:7s} {TEXTS[case]:34s} {layers[0][0].tokens:6d} tokens "

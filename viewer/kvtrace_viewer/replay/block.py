@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.kernels import find_needed, sum_group
+from kvtrace_viewer.replay.kernels import find_needed, subtract, sum_group
 
 BLOCK_ROWS = 64  # 64 rows of every head of a layer stay in the caches of a CPU, a map does not
 
@@ -132,12 +132,12 @@ class Head:
             rows += self.alibi_slopes[g] * distance.astype(np.float32)
         self._hide(rows, start, stop)
         if self.lse is None:
-            rows -= rows.max(axis=1, keepdims=True)
+            subtract(rows, rows.max(axis=1))
             np.exp(rows, out=rows)
             rows /= rows.sum(axis=1, keepdims=True)
         else:
             known = self.has_query[start:stop]
-            rows -= np.where(known, self.lse[start:stop, g], np.inf)[:, None].astype(np.float32)
+            subtract(rows, np.where(known, self.lse[start:stop, g], np.float32(np.inf)))
             np.exp(rows, out=rows)
 
     def attention(self, start: int, stop: int) -> Floats:
@@ -220,7 +220,7 @@ class Block:
     def sink_share(self) -> NDArray[np.float64]:
         """[query head, row]: what a learned sink takes of each row; zeros where there is none."""
         if not self.head.has_sinks:
-            return np.zeros_like(self.row_sums)
+            return np.zeros(self.attention.shape[:2])
         return np.where(self.row_sums > 0, np.maximum(1 - self.row_sums, 0), 0)
 
     @cached_property

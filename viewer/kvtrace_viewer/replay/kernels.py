@@ -9,12 +9,30 @@ from kvtrace_viewer.replay.jit import jit
 
 NEVER = np.int32(2**31 - 1)  # evicted_at of a token still held at the end, inside the engine
 
+LEAST_EXPONENT = np.float32(-80)
+NOTHING = np.float32(-np.inf)
+STRETCH = 64  # keys that are looked at together
+
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 Words = NDArray[np.uint64]
 Flags = NDArray[np.bool_]
+
+
+@jit
+def subtract(scores: Floats, totals: Floats) -> None:
+    """Subtract from scores [row, key] what their row totals, ready for exp.
+
+    What would become less than e^-80 becomes 0: it is lost in any sum, and numbers too small to
+    be normal take a processor many times as long wherever they are used.
+    """
+    for r in range(scores.shape[0]):
+        row, total = scores[r], totals[r]
+        for j in range(row.shape[0]):
+            exponent = row[j] - total
+            row[j] = exponent if exponent > LEAST_EXPONENT else NOTHING
 
 
 @jit
@@ -29,12 +47,25 @@ def find_needed(attention: Floats, start: int, share: float, starts: Longs, keys
         limit = share / (start + r + 1)
         for g in range(group):
             starts[r * group + g] = at
-            row = attention[g, r]
-            for j in range(start + r + 1):
-                # Written always, kept when needed: a branch here costs as much as the softmax.
-                keys[at] = j
-                at += row[j] >= limit
+            row = attention[g, r, : start + r + 1]
+            # Most stretches of a real row hold nothing needed: one pass of vectors says so.
+            for first in range(0, row.shape[0], STRETCH):
+                part = row[first : first + STRETCH]
+                if not _reaches(part, np.float32(limit * 0.999999)):
+                    continue
+                for j in range(part.shape[0]):
+                    # Written always, kept when needed: a branch here costs as much as the rest.
+                    keys[at] = first + j
+                    at += part[j] >= limit
     starts[rows * group] = at
+
+
+@jit
+def _reaches(row: Floats, limit: np.float32) -> bool:
+    found = 0
+    for j in range(row.shape[0]):
+        found += row[j] >= limit
+    return found > 0
 
 
 @jit
