@@ -8,7 +8,7 @@ rows are then computed together from layers that were read lately.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -105,6 +105,14 @@ class Group(NamedTuple):
     positions: Ids
 
 
+@dataclass(frozen=True)
+class _HeldLayer:
+    """A layer of a request that was read lately, and the maps of its heads: views of it."""
+
+    data: LayerData
+    heads: dict[int, HeadMap] = field(default_factory=dict)
+
+
 class ArrayFunctions:
     """The functions over one open trace, with the layers they read lately.
 
@@ -119,7 +127,7 @@ class ArrayFunctions:
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
-        self._layers: BytesCache[LayerData] = BytesCache(CACHE_BYTES, _num_bytes)
+        self._layers: BytesCache[_HeldLayer] = BytesCache(CACHE_BYTES, _num_bytes)
 
     def register(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Let a connection call them."""
@@ -141,7 +149,7 @@ class ArrayFunctions:
         """See FUNCTIONS; equally long columns of integers in, one list or null for each out."""
         found: list[Floats | None] = [None] * len(row)
         for group in self._groups(row, layer, head):
-            source = HeadMap(self._layer(group), group.head)
+            source = self._head(group)
             for at, rows in _parts(source, group):
                 stops = source.seen_by(rows)[1]
                 weights = source.block(rows, 0, int(stops.max()))
@@ -163,10 +171,11 @@ class ArrayFunctions:
         found = np.full(len(row), np.nan)
         unsaid = _missing(start, stop)
         for group in self._groups(row, layer, head):
-            source = HeadMap(self._layer(group), group.head)
+            source = self._head(group)
             for at, rows in _parts(source, group):
-                first = np.clip(low[at], 0, source.num_keys)
-                last = np.clip(high[at], first, source.num_keys)
+                # Plain minimum and maximum: np.clip costs as much as all the rest of one row.
+                first = np.minimum(np.maximum(low[at], 0), source.num_keys)
+                last = np.minimum(np.maximum(high[at], first), source.num_keys)
                 keys = _covered(first, last)
                 sums = np.zeros((len(rows), len(keys) + 1))
                 np.cumsum(source.weights(rows, keys), axis=1, dtype=np.float64, out=sums[:, 1:])
@@ -197,7 +206,7 @@ class ArrayFunctions:
     ) -> pa.Array:
         found: list[Floats | None] = [None] * len(row)
         for group in self._groups(row, layer, head):
-            data = self._layer(group, values=kind == "v")
+            data = self._layer(group, values=kind == "v").data
             array = getattr(data, kind)
             if array is None:
                 raise InputError(
@@ -209,14 +218,21 @@ class ArrayFunctions:
                 found[at] = vector
         return _lists(found)
 
-    def _layer(self, group: Group, *, values: bool = False) -> LayerData:
+    def _head(self, group: Group) -> HeadMap:
+        """A head's map, made once as long as its layer is held."""
+        held = self._layer(group)
+        if group.head not in held.heads:
+            held.heads[group.head] = HeadMap(held.data, group.head)
+        return held.heads[group.head]
+
+    def _layer(self, group: Group, *, values: bool = False) -> _HeldLayer:
         """A layer of a request: what its attention needs, or its values."""
 
-        def read() -> LayerData:
+        def read() -> _HeldLayer:
             data = self._trace.layer_data(group.layer, group.request)
             if values:
-                return LayerData(data.spec, None, None, data.v, None)
-            return LayerData(data.spec, data.q, data.k, None, data.lse)
+                return _HeldLayer(LayerData(data.spec, None, None, data.v, None))
+            return _HeldLayer(LayerData(data.spec, data.q, data.k, None, data.lse))
 
         return self._layers.get((group.request, group.layer, values), read)
 
@@ -308,6 +324,6 @@ def _lists(found: Sequence[Floats | None]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), mask=missing)
 
 
-def _num_bytes(layer: LayerData) -> int:
-    arrays = (layer.q, layer.k, layer.v, layer.lse)
+def _num_bytes(layer: _HeldLayer) -> int:
+    arrays = (layer.data.q, layer.data.k, layer.data.v, layer.data.lse)
     return sum(array.nbytes for array in arrays if array is not None)
