@@ -25,7 +25,7 @@ def summary(path: Path, opened: Path | None = None) -> str:
         trace = kvtrace.open(opened or path)
     except TraceError:
         return f"kvtrace: nothing was recorded: no transformers model ran ({path} was not made)"
-    rows, requests = trace.rows, len(trace.requests())
+    rows = trace.rows
     shown = f" by {len(trace.ranks)} processes" if len(trace.ranks) > 1 else ""
     if not rows and (events := _count(trace, "kv_events")):
         return _of_events(trace, path, events)
@@ -33,6 +33,8 @@ def summary(path: Path, opened: Path | None = None) -> str:
         return _of_workload(trace, path, accesses)
     if not rows:
         return f"kvtrace: nothing was recorded: {path} holds no rows and no KV events"
+    # Of a workload there may be millions, without tokens: counted there, never read here.
+    requests = len(trace.requests())
     return (
         f"kvtrace: {rows:,} tokens of {requests} requests{shown} in {path}"
         f" ({human_bytes(trace.bytes)}, {trace.status}); next:"

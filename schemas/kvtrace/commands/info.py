@@ -72,8 +72,8 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
         "layers": sum(kinds[layer.model] == layer.model for layer in trace.layers),
         "rows": trace.rows,
         "ranks": _ranks(trace),
-        # Those of an imported workload have no tokens.
-        "requests": len(trace.requests()) or trace.table("requests").num_rows,
+        # Those of an imported workload have no tokens, and there may be millions.
+        "requests": len(trace.requests()) if trace.rows else trace.table("requests").num_rows,
         "steps": trace.table("steps").num_rows,
         # A served trace has millions of these: counted, not read.
         **trace.sql(
