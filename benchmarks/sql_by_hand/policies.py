@@ -26,16 +26,17 @@ def missed_tokens(d: Data) -> Rows:
     w, r = d.table("replay_wants"), d.table("replay_regrets")
     names = ("replay", "request", "layer", "q_head", "position")
     # Every regret has at least one query that wanted the token: five regrets are enough.
-    rounded = r["regret"].astype(float).round(2)
-    top = np.flatnonzero(rounded >= np.sort(rounded)[-5:].min())
+    top = np.flatnonzero(r["regret"] >= np.sort(r["regret"])[-5:].min())
     at = {tuple(r[n][i] for n in names): i for i in top}
     found = []
     for j in np.flatnonzero(np.isin(w["position"], r["position"][top])):
         i = at.get(tuple(w[n][j] for n in names))
         if i is not None:
             key = (w["replay"][j], *(int(w[n][j]) for n in names[2:]))
-            found.append((*key, r["evicted_at"][i], w["query"][j], w["attention"][j], rounded[i]))
-    found.sort(key=lambda row: (-row[7], *row[:4], -round(row[6], 3)))
+            found.append(
+                (*key, r["evicted_at"][i], w["query"][j], w["attention"][j], r["regret"][i])
+            )
+    found.sort(key=lambda row: (-row[7], *row[:4], -row[6]))
     return [
         (*row[:4], d.texts[0, row[3]], row[4], row[5], d.texts[0, int(row[5])], *row[6:])
         for row in found[:5]
