@@ -34,9 +34,10 @@ class WTinyLFU(BlockPolicy):
     Where the paper leaves a choice, the independent simulator's: the sketch is a counting Bloom
     filter that counts misses and hits in the main cache, halved after 32 of them per block of
     capacity; the window keeps everything until the cache is full; with no block for the window
-    (below 100 blocks at 1%) nothing is ever let in. Its hash functions are ours: other ones move
-    the hit ratio on the reference streams by up to 1.7 points, and those here stay within 0.5
-    points of the simulator's.
+    (below 100 blocks at 1%) nothing is ever let in. Its hash functions are ours, and were chosen:
+    of forty tried, these stay within 0.5 points of the simulator's hit ratio at every capacity of
+    the reference streams, where others move it by up to 1.7. So agreement there shows that the
+    rest is the same policy, and not how near another stream would come.
     """
 
     name: ClassVar[str] = "wtinylfu"
