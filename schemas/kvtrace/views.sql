@@ -1,5 +1,6 @@
 -- Views over the tables of schema.sql and derived.sql: the questions people ask, under names they
--- would guess. Plain SQL that DuckDB 1.1 and later clients read from trace.duckdb as well.
+-- would guess. Plain SQL that DuckDB 1.1 and later clients read from trace.duckdb as well; what
+-- they cannot bind as 2.0 stores it is lag() with a default.
 
 CREATE VIEW sink_tokens AS
 SELECT
@@ -113,8 +114,8 @@ WITH step_requests AS (
 ), layered AS (
     SELECT
         ts_ns, step, request, layer, device, tokens,
-        bytes - lag(bytes, 1, 0) OVER held AS change,
-        bytes - lag(bytes, 1, 0) OVER held AS on_device
+        bytes - coalesce(lag(bytes) OVER held, 0) AS change,
+        bytes - coalesce(lag(bytes) OVER held, 0) AS on_device
     FROM (FROM cached UNION ALL FROM left_behind UNION ALL FROM freed)
     WINDOW held AS (PARTITION BY request, layer, device ORDER BY ts_ns)
 ), blocked AS (
@@ -126,9 +127,9 @@ WITH step_requests AS (
             WHEN event = 'free' THEN -block_bytes
             ELSE 0
         END AS change,
-        bytes - lag(bytes, 1, 0) OVER (
+        bytes - coalesce(lag(bytes) OVER (
             PARTITION BY block, device, cache_group ORDER BY ts_ns
-        ) AS on_device
+        ), 0) AS on_device
     FROM (
         SELECT *, max(bytes) OVER (PARTITION BY block, device, cache_group) AS block_bytes
         FROM kv_events
