@@ -95,7 +95,7 @@ def test_a_policy_of_ones_own_is_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("x = 1", "has the block policies none; Mine was expected"),
+        ("x = 1", "has no class 'Mine'; its policies are none"),
         (MINE.replace("popitem(last=False)[0]", "popitem(last=False)[7]"), "in evict: IndexError"),
         (MINE.replace("return state.popitem(last=False)[0]", "return -1"), "which is not in the"),
         (MINE.replace("class Mine", "class Mine("), "mend that line"),

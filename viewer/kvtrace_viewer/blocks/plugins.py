@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import ModuleType
 
-from kvtrace.errors import InputError
 from kvtrace_viewer.blocks.policy import BlockPolicy
-from kvtrace_viewer.replay.plugins import run_file
+from kvtrace_viewer.user_files import class_of_file, mistakes_of
 
 _loaded: dict[str, type[BlockPolicy]] = {}
 """Policies of files, by `file.py:Class` with the whole path."""
@@ -30,60 +24,13 @@ def load_block_policy(file: str, kind: str | None) -> type[BlockPolicy]:
     path = Path(file).resolve()
     key = f"{path}:{kind}"
     if key not in _loaded:
-        _loaded[key] = _checked(run_file(path), path, kind)
+        found = class_of_file(path, kind, BlockPolicy)
+        if not found.name:
+            found.name = f"{path.name}:{found.__name__}"
+        _loaded[key] = found
     return _loaded[key]
 
 
-@contextmanager
-def mistakes_explained() -> Iterator[None]:
-    """Turn what a user's policy raises into one line that says where and why.
-
-    Raises
-    ------
-    InputError
-        In the place of the policy's own error.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        files = {inspect.getsourcefile(kind) for kind in _loaded.values()}
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
-        if not frames:
-            raise
-        at = frames[-1]
-        raise InputError(
-            f"{at.filename} line {at.lineno}, in {at.name}: {type(error).__name__}: {error}; "
-            "the policy was expected to run; mend that line"
-        ) from error
-
-
-def _checked(module: ModuleType, path: Path, kind: str | None) -> type[BlockPolicy]:
-    own = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type)
-        and issubclass(value, BlockPolicy)
-        and value.__module__ == module.__name__
-    }
-    names = ", ".join(own) or "none"
-    if kind is None and len(own) == 1:
-        (kind,) = own
-    if kind not in own:
-        raise InputError(
-            f"{path} has the block policies {names}; {kind or 'one, and no more,'} was expected;"
-            f" name one: --policy {path.name}:{next(iter(own), 'Mine')}, derived from"
-            " kvtrace_viewer.blocks.BlockPolicy or StepPolicy"
-        )
-    found = own[kind]
-    bare = [f.name for f in fields(found) if f.default is MISSING]
-    if bare or ("__dataclass_params__" not in vars(found) and inspect.get_annotations(found)):
-        raise InputError(
-            f"{path}: {kind} has parameters and {', '.join(bare) or 'is no dataclass'} without"
-            " default; a dataclass with defaults was expected; write @dataclass(frozen=True,"
-            " kw_only=True) above it and name = parameter(default, help, unit) in it"
-        )
-    if not found.name:
-        found.name = f"{path.name}:{kind}"
-    return found
+def mistakes_explained() -> AbstractContextManager[None]:
+    """Turn what a user's policy raises into one line that says where and why."""
+    return mistakes_of(_loaded.values())

@@ -10,7 +10,7 @@ from kvtrace.errors import InputError
 from kvtrace_viewer.blocks.plugins import load_block_policy
 from kvtrace_viewer.blocks.policies import POLICIES
 from kvtrace_viewer.blocks.policy import BlockPolicy
-from kvtrace_viewer.replay.plugins import FILE
+from kvtrace_viewer.user_files import FILE
 
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
 

@@ -8,9 +8,10 @@ from typing import Any, get_type_hints
 
 from kvtrace.errors import InputError
 from kvtrace_viewer.replay.amounts import Amount, parse_amount
-from kvtrace_viewer.replay.plugins import FILE, known_names, load_policy, named_policy
+from kvtrace_viewer.replay.plugins import known_names, load_policy, named_policy
 from kvtrace_viewer.replay.policy import Policy
 from kvtrace_viewer.replay.when import parse_when
+from kvtrace_viewer.user_files import FILE
 
 Values = dict[str, str]
 SIGNALS = ("q", "k", "v", "q_prerope", "wo", "score")
