@@ -98,7 +98,7 @@ def test_every_page_shows_something(trace: kvtrace.Trace, page: Any) -> None:
     context = Context.of(TraceLibrary(trace.path.parent))
     text = str(page.layout(context, trace="served.kvtrace"))
     assert "cannot be shown" not in text
-    assert ("Events only" in text) == (page.NAME in ("Attention", "Replay"))
+    assert ("Events only" in text) == (page.NAME in ("Attention", "Replay", "Regret"))
 
 
 def test_the_routes_answer(trace: kvtrace.Trace) -> None:
