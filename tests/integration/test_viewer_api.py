@@ -220,6 +220,7 @@ def test_a_replay_runs_in_the_background_and_its_evictions_are_the_engines(
     server: ASGIApp, get: Get, trace: Trace
 ) -> None:
     order = {"policies": ["h2o", "streaming_llm:sinks=2"], "budgets": ["25%", "12"], "when": "step"}
+    assert get("curve").json == {"figure": None}
     job = post(server, "replays", **order).json
     state = wait(server, job["id"])
     assert state["error"] is None
@@ -234,6 +235,11 @@ def test_a_replay_runs_in_the_background_and_its_evictions_are_the_engines(
     assert list(mass["series"]) == list(rows)
     assert mass["series"][state["results"][0]]["position"][-1] == PROMPT + DECODED - 1
     assert len(mass["figure"]["data"]) == 4
+    # One budget in percent and one in tokens are no curve.
+    assert get("curve").json == {"figure": None}
+    wait(server, post(server, "replays", policies=["h2o"], budgets=["50%"], when="step").json["id"])
+    (line,) = get("curve").json["figure"]["data"]
+    assert (line["name"], line["x"]) == ("h2o", [25, 50])
     table = get("mass.csv", replays=state["results"][0]).content.decode().splitlines()
     assert len(table) == 1 + rows[state["results"][0]]["measured_rows"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvtrace_viewer.pages
+from kvtrace_viewer.figures.budget_curve import budget_curve
 from kvtrace_viewer.figures.graph import LOCAL_ONLY_CONFIG, graph
 from kvtrace_viewer.figures.retained_mass import MassSeries, retained_mass
 from kvtrace_viewer.figures.theme import INKS
@@ -36,6 +37,42 @@ def test_retained_mass_says_when_nothing_was_measured() -> None:
         for series in ([], [MassSeries("full", [], [])])
     ]
     assert notes == ["No replay is chosen.", "No row follows the first cut."]
+
+
+def replayed(policy: str, budget: str, mass: float | None, **more: object) -> dict[str, object]:
+    row = {"policy": policy, "budget": budget, "retained_mass": mass, "bound": None}
+    return row | {"decide_when": "step"} | more
+
+
+def test_a_curve_is_a_line_a_policy_over_its_budgets() -> None:
+    rows = [
+        replayed("lru", "50%", 0.9),
+        replayed("lru", "5%", 0.5),
+        replayed("h2o", "5%", 0.6),
+        replayed("h2o", "50%", 0.95),
+        replayed("tova", "25%", 0.8),
+        replayed("snapkv", "5%", None),
+        replayed("oracle", "5%", 0.7, bound=0.75),
+        replayed("oracle", "50%", 0.98, bound=0.99),
+        replayed("lru", "128", 0.7),
+    ]
+    figure = budget_curve(rows, "dark")
+    assert figure is not None
+    json.dumps(figure, allow_nan=False)
+    found = {line["name"]: list(zip(line["x"], line["y"], strict=True)) for line in figure["data"]}
+    assert list(found) == ["oracle", "h2o", "lru", "bound"]
+    assert found["lru"] == [(5.0, 0.5), (50.0, 0.9)]
+    assert found["bound"] == [(5.0, 0.75), (50.0, 0.99)]
+
+
+def test_one_budget_is_no_curve_and_rhythms_are_told_apart() -> None:
+    one = replayed("lru", "5%", 0.5)
+    assert budget_curve([one, replayed("h2o", "10%", 0.5)]) is None
+    again = [one, replayed("lru", "9%", 0.6)]
+    also = [row | {"decide_when": "prefill"} for row in again]
+    figure = budget_curve([*again, *also])
+    assert figure is not None
+    assert {line["name"] for line in figure["data"]} == {"lru · step", "lru · prefill"}
 
 
 def test_graphs_stay_on_this_machine() -> None:

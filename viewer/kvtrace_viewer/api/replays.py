@@ -15,6 +15,7 @@ from kvtrace.trace import Trace
 from kvtrace_viewer.api.downloads import csv_response
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.results import evicted_at, replay_rows, replay_steps
+from kvtrace_viewer.figures.budget_curve import budget_curve
 from kvtrace_viewer.figures.retained_mass import MassSeries, retained_mass
 
 
@@ -67,6 +68,12 @@ def router(context: Context) -> APIRouter:
         ]
         dark = "dark" if scheme == "dark" else "light"
         return {"series": series, "figure": retained_mass(lines, num_tokens, dark)}
+
+    @routes.get("/curve")
+    def curve(trace: str, scheme: str = "light") -> dict[str, Any]:
+        """The figure of retained mass over budget; null where nothing was replayed at two."""
+        rows = replay_rows(context.library.open(trace))
+        return {"figure": budget_curve(rows, "dark" if scheme == "dark" else "light")}
 
     @routes.get("/mass.csv")
     def mass_csv(trace: str, replays: str, request: int = 0) -> Response:

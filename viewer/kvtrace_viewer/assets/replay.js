@@ -20,8 +20,16 @@ window.kv = window.kv || {};
         cards.replaceChildren();
         page.slider = makeSlider();
         legend();
+        showCurve(page);
         new ResizeObserver(() => draw()).observe(cards);
         return page;
+    }
+
+    /* The server draws it in light colours, before it knows the page's. */
+    async function showCurve(here) {
+        if (!document.getElementById("replay-curve")) return;
+        const { figure } = await kv.json("curve", { trace: here.config.trace, scheme: kv.scheme() });
+        if (page === here && here.cards.isConnected) kv.setProps("replay-curve", { figure });
     }
 
     function makeSlider() {
@@ -349,6 +357,7 @@ window.kv = window.kv || {};
         if (!page || !page.cards.isConnected || !page.asked) return;
         const here = page;
         draw();
+        showCurve(here);
         const { request, chosen } = here.asked;
         const mass = await kv.json("mass", {
             trace: here.config.trace, request, replays: chosen.join(" "), scheme: kv.scheme(),

@@ -26,6 +26,7 @@ from kvtrace_viewer.components import (
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.policies import PolicyHelp, policy_help
 from kvtrace_viewer.derived.results import replay_rows
+from kvtrace_viewer.figures.budget_curve import budget_curve
 from kvtrace_viewer.figures.graph import graph
 from kvtrace_viewer.figures.retained_mass import retained_mass
 from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
@@ -197,9 +198,19 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
             ),
             aside=button("replay-csv", "CSV", "Save the retained mass of the chosen replays"),
         ),
+        *curve(rows),
         table(rows),
         runner(),
     ]
+
+
+def curve(rows: list[dict[str, Any]]) -> list[Component]:
+    """Retained mass over budget, where some policy was replayed at several."""
+    figure = budget_curve(rows)
+    if figure is None:
+        return []
+    drawn = html.Div(graph("replay-curve", figure, "kv-graph"), className="kv-graph-box")
+    return [panel("Retained mass over budget", drawn)]
 
 
 def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
