@@ -24,8 +24,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt
 demo: $(VENV)/.installed-all ## record the bundled model, replay five policies, open the viewer (VIEW=0: no viewer)
 	$(BIN)/kvtrace demo --out traces $(if $(filter 0,$(VIEW)),--no-view)
 
-test: $(VENV)/.installed-dev ## everything the suite needs, then pytest
-	$(BIN)/python -m pytest -m "not slow"
+# A file's tests share what is expensive to make, so a file stays with one worker.
+test: $(VENV)/.installed-dev ## everything the suite needs, then pytest on two cores
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: $(VENV)/.installed-dev ## the long tests too
 	$(BIN)/python -m pytest
