@@ -75,6 +75,7 @@ def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
         f"{address}/replay?trace={TRACE}&layer={layer}&head={kv_head}&t={min(middle, last)}",
         out / "replay.png",
     )
+    take(browser, f"{address}/regret?trace={TRACE}&replay=h2o-25pct-step", out / "regret.png")
     browser.js(
         "history.replaceState(null, '', '/sql?' + new URLSearchParams(arguments[0]))",
         {"trace": TRACE, "q": SQL},
