@@ -89,9 +89,9 @@ def test_a_trace_recorded_again_is_opened_again(
 
 
 def options(directory: Path, **given: object) -> argparse.Namespace:
-    return argparse.Namespace(
-        **{"directory": directory, "host": "127.0.0.1", "port": 0, "open": False, **given}
-    )
+    parser = argparse.ArgumentParser()
+    view.add_arguments(parser)
+    return argparse.Namespace(**{**vars(parser.parse_args([str(directory)])), **given})
 
 
 def test_a_taken_port_is_told_in_one_line(tmp_path: Path) -> None:
