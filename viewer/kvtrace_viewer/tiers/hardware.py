@@ -11,7 +11,7 @@ from typing import Any
 from kvtrace.errors import InputError
 
 _TIER = {"name", "capacity", "read", "write", "latency", "source"}
-_FILE = {"name", "compute", "l2", "tier"}
+_FILE = {"name", "compute", "tier"}
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,11 @@ class Hardware:
         between them.
     flops : float
         Floating point operations per second reached in prefill; 0 where unknown.
-    l2 : int
-        Bytes of the GPU's L2; 0 where unknown.
     """
 
     name: str
     tiers: tuple[Tier, ...]
     flops: float = 0.0
-    l2: int = 0
 
     def with_figure(self, tier: str, **figures: float) -> Hardware:
         """The same machine with other figures of one tier.
@@ -137,8 +134,7 @@ def _parse(name: str, text: str) -> Hardware:
     compute = found.get("compute", {})
     flops = _number(name, "compute.bf16_flops", compute.get("bf16_flops", 0.0), 0)
     share = _number(name, "compute.utilisation", compute.get("utilisation", 1.0), 0)
-    l2 = _number(name, "l2.capacity", found.get("l2", {}).get("capacity", 0), 0)
-    return Hardware(str(found.get("name", name)), tiers, flops * share, int(l2))
+    return Hardware(str(found.get("name", name)), tiers, flops * share)
 
 
 def _tier(name: str, number: int, one: dict[str, Any]) -> Tier:
