@@ -22,9 +22,9 @@ from kvtrace import database
 from kvtrace.errors import TraceError
 from kvtrace.layout import FORMAT_VERSION
 from kvtrace.rewrite import SEGMENT_ROWS, Rewrite, count_parts
+from kvtrace.sizes import directory_bytes
 from kvtrace.store import StoreReader
 from kvtrace.trace import Trace
-from kvtrace.writer import directory_bytes
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2

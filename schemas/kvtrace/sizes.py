@@ -1,8 +1,10 @@
-"""Sizes as people write them: 4GiB, 80GB, 1500."""
+"""Sizes: of folders, and as people write them (4GiB, 80GB, 1500)."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 from kvtrace.errors import InputError
 
@@ -35,3 +37,15 @@ def parse_bytes(text: int | str, what: str, example: str) -> int:
             f"{what} is {text!r}; bytes with or without a unit were expected; write {example}"
         )
     return int(float(match[1]) * unit)
+
+
+def directory_bytes(path: Path) -> int:
+    """Bytes of all files under a directory; files that vanish meanwhile do not count."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                total += Path(folder, name).stat().st_size
+            except FileNotFoundError:
+                continue
+    return total

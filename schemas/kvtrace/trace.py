@@ -22,8 +22,8 @@ from kvtrace.places import RowPlaces
 from kvtrace.rank_arrays import Float, RankArrays
 from kvtrace.rank_index import Ids, RankIndex
 from kvtrace.ranks import NUMBERS_PER_RANK
+from kvtrace.sizes import directory_bytes
 from kvtrace.store import StoreReader
-from kvtrace.writer import directory_bytes
 
 
 class Trace:

@@ -462,18 +462,6 @@ def _picked(array: RowArrayReader, rows: Rows, lane: int) -> Array:
     return np.concatenate(found) if found else np.empty((0, *array.shape[2:]), array.dtype)
 
 
-def directory_bytes(path: Path) -> int:
-    """Bytes of all files under a directory; files that vanish meanwhile do not count."""
-    total = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            try:
-                total += Path(folder, name).stat().st_size
-            except FileNotFoundError:
-                continue
-    return total
-
-
 def check_choice(what: str, found: str, choices: Any) -> None:
     """Refuse a value that is none of the choices, with an InputError that names them."""
     if found not in choices:
