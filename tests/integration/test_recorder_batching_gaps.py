@@ -42,7 +42,7 @@ def test_what_was_computed_before_the_recording_is_not_made_up(
     ) as manager:
         manager.add_request(first, request_id="before", eos_token_id=-1)
         assert manager.get_result("before", timeout=60) is not None
-        snapshots.__init__()  # type: ignore[misc]
+        snapshots.clear()
         with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
             results = {}
             for name, ids in (("late", second), ("other", other)):
@@ -120,7 +120,7 @@ def test_batches_that_run_no_python_are_gaps(
 ) -> None:
     model, inputs = build(), prompts(21, 7)
     plain = generate(model, inputs)
-    snapshots.__init__()  # type: ignore[misc]
+    snapshots.clear()
     with record(model, tmp_path / "a.kvtrace") as recording, monkeypatch.context() as replaying:
         # As a CUDA graph that is replayed: the model is not called.
         replaying.setattr(PreTrainedModel, "__call__", torch.nn.Module.__call__)

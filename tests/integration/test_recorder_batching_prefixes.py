@@ -48,7 +48,7 @@ def test_a_shared_prefix_begins_with_the_rows_of_the_request_that_computed_it(
         return found
 
     plain = run()
-    snapshots.__init__()  # type: ignore[misc]
+    snapshots.clear()
     with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
         recorded = run()
 
@@ -148,7 +148,7 @@ def test_the_children_of_a_request_begin_with_its_rows(
 ) -> None:
     model, inputs = build(), prompts(18, 11)
     plain = generate(model, inputs, children=2, seed=3)
-    snapshots.__init__()  # type: ignore[misc]
+    snapshots.clear()
     with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
         recorded = generate(model, inputs, children=2, seed=3)
 

@@ -53,7 +53,7 @@ def test_under_pressure_a_soft_reset_is_a_crop_to_nothing(
 ) -> None:
     model = build(family, kernel)
     plain = pressed(model)
-    snapshots.__init__()  # type: ignore[misc]
+    snapshots.clear()
     with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
         recorded = pressed(model)
 
@@ -74,7 +74,7 @@ def test_under_pressure_a_soft_reset_is_a_crop_to_nothing(
 def test_offloaded_requests_are_restored_and_go_on(snapshots: Snapshots, tmp_path: Path) -> None:
     model = build()
     plain = pressed(model, cpu_offload_space=0.01)
-    snapshots.__init__()  # type: ignore[misc]
+    snapshots.clear()
     with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
         recorded = pressed(model, cpu_offload_space=0.01)
 

@@ -120,6 +120,11 @@ class Snapshots:
         self.steps: list[Snapshot] = []
         self.releases: list[Snapshot] = []
 
+    def clear(self) -> None:
+        """Forget what was seen: the run that follows is the recorded one."""
+        self.steps.clear()
+        self.releases.clear()
+
 
 def tables_of(cache: Any) -> Snapshot:
     tables = {
