@@ -29,6 +29,11 @@ def test_an_unknown_policy_names_the_nearest() -> None:
         parse_policy("zzzz")
 
 
+def test_policies_in_one_word_are_told_apart() -> None:
+    with pytest.raises(InputError, match=r"several policies.*--policy h2o --policy snapkv$"):
+        parse_policy("h2o,snapkv")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
