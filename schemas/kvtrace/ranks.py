@@ -35,6 +35,12 @@ _NUMBERED_IN = {("forks", "source")}
 Column = Sequence[Any] | NDArray[Any]
 
 
+def number_label(number: int) -> str:
+    """A number as people are shown it: `3`, or `rank 1: 3` in another rank than the first."""
+    rank, own = divmod(number, NUMBERS_PER_RANK)
+    return f"rank {rank}: {own}" if rank else str(own)
+
+
 def make_trace(path: Path, manifest: Manifest, *, force: bool) -> None:
     """Make the directory of a trace and its manifest, or join the trace of one's own launch.
 

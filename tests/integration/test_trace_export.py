@@ -155,17 +155,17 @@ def timeline(path: Path) -> list[dict[str, Any]]:
     """The events of a Chrome trace, checked against its format."""
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     found: list[dict[str, Any]] = json.loads(text)["traceEvents"]
-    needed = {"X": {"ts", "dur", "tid"}, "b": {"ts", "id", "cat"}, "e": {"ts", "id", "cat"}}
+    needed = {"X": {"ts", "dur", "tid"}, "b": {"ts", "id2", "cat"}, "e": {"ts", "id2", "cat"}}
     needed |= {"C": {"ts", "args"}, "M": {"args"}}
     open_slices: dict[tuple[int, str], list[str]] = {}
     for event in found:
         assert {"ph", "name", "pid"} | needed[event["ph"]] <= set(event)
         assert event.get("ts", 0) >= 0
         if event["ph"] == "b":
-            open_slices.setdefault((event["pid"], event["id"]), []).append(event["name"])
+            open_slices.setdefault((event["pid"], event["id2"]["local"]), []).append(event["name"])
         elif event["ph"] == "e":
             # Slices of one id nest.
-            assert open_slices[event["pid"], event["id"]].pop() == event["name"]
+            assert open_slices[event["pid"], event["id2"]["local"]].pop() == event["name"]
     assert not any(open_slices.values())
     return found
 

@@ -117,7 +117,8 @@ def _requests(rank: RankTimeline, time: _Times) -> Iterator[Event]:
     for request in rank.requests:
         common = {
             "cat": "request",
-            "id": str(request.request),
+            # Local to the process, so that the slice stands with its rank.
+            "id2": {"local": str(request.request)},
             "pid": rank.rank,
             "tid": 0,
         }

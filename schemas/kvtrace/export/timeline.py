@@ -62,8 +62,8 @@ class RequestTimes:
 
     @property
     def name(self) -> str:
-        """What it is called."""
-        return f"request {self.external_id or self.request}"
+        """What it is called beside the others of its rank."""
+        return f"request {self.external_id or self.request % NUMBERS_PER_RANK}"
 
 
 @dataclass(frozen=True)

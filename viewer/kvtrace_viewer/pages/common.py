@@ -7,7 +7,7 @@ from typing import Any
 
 from kvtrace.errors import KvtraceError
 from kvtrace.model import Request
-from kvtrace.ranks import NUMBERS_PER_RANK
+from kvtrace.ranks import number_label
 from kvtrace.trace import Trace
 from kvtrace_viewer.components import Component, empty_state
 from kvtrace_viewer.context import Context
@@ -72,17 +72,11 @@ def request_options(requests: Sequence[Request]) -> list[dict[str, str]]:
     """Requests for a drop-down, with their lengths."""
     return [
         {
-            "value": str(request.request),
-            "label": f"{request.external_id or _number(request)} · {request.tokens:,} tokens",
+            "value": str(one.request),
+            "label": f"{one.external_id or number_label(one.request)} · {one.tokens:,} tokens",
         }
-        for request in requests
+        for one in requests
     ]
-
-
-def _number(request: Request) -> str:
-    """A request's number, and its rank where it is not the first: 0, or rank 1: 0."""
-    rank, number = divmod(request.request, NUMBERS_PER_RANK)
-    return f"rank {rank}: {number}" if rank else str(number)
 
 
 def numbered(numbers: Sequence[int]) -> list[dict[str, str]]:
