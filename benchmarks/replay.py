@@ -36,7 +36,7 @@ from kvtrace_viewer.replay import (
     parse_when,
 )
 from kvtrace_viewer.replay.engine import Run, blocks, replay_layer, workers
-from kvtrace_viewer.replay.run import heads_of
+from kvtrace_viewer.replay.heads import heads_of
 from kvtrace_viewer.replay.totals import StepTotals
 
 NINE = [

@@ -266,9 +266,21 @@ COMMENT ON COLUMN replay_ranks.rank IS 'The recording process; see runs.run.';
 COMMENT ON COLUMN replay_ranks.first_index IS 'Index of the rank''s first row.';
 COMMENT ON COLUMN replay_ranks.rows IS 'Rows that the rank had.';
 
+CREATE TABLE replay_gaps (
+    replay VARCHAR, request BIGINT, first_position INTEGER, last_position INTEGER, count BIGINT,
+    reason VARCHAR
+);
+COMMENT ON TABLE replay_gaps IS 'Rows that a replay left out because of gaps in the trace: a row per stretch of positions and reason. None where nothing is missing.';
+COMMENT ON COLUMN replay_gaps.replay IS 'The replay.';
+COMMENT ON COLUMN replay_gaps.request IS 'The request; null where the trace does not say whose rows were lost.';
+COMMENT ON COLUMN replay_gaps.first_position IS 'Position of the first row; null where the trace does not say which were lost.';
+COMMENT ON COLUMN replay_gaps.last_position IS 'Position of the last row.';
+COMMENT ON COLUMN replay_gaps.count IS 'How many rows.';
+COMMENT ON COLUMN replay_gaps.reason IS 'Why, and what was left out: the whole row, or its measuring.';
+
 CREATE TABLE replay_heads (
     replay VARCHAR, layer INTEGER, kv_head INTEGER, mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
-    hits BIGINT, misses BIGINT, evictions BIGINT, output_error DOUBLE, ties BIGINT
+    hits BIGINT, misses BIGINT, evictions BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE
 );
 COMMENT ON TABLE replay_heads IS 'Per layer and KV head: totals over the measured rows.';
 COMMENT ON COLUMN replay_heads.replay IS 'The replay.';
@@ -282,6 +294,7 @@ COMMENT ON COLUMN replay_heads.misses IS 'Needed and evicted pairs.';
 COMMENT ON COLUMN replay_heads.evictions IS 'Slots evicted.';
 COMMENT ON COLUMN replay_heads.output_error IS 'Mean relative error of its outputs; null without v.';
 COMMENT ON COLUMN replay_heads.ties IS 'Cuts whose margin was 0.';
+COMMENT ON COLUMN replay_heads.bound IS 'Certified upper bound on mass under this budget (oracle only).';
 
 CREATE TABLE replay_regrets (
     replay VARCHAR, request BIGINT, layer INTEGER, kv_head INTEGER, q_head INTEGER,

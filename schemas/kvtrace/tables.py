@@ -23,6 +23,7 @@ REPLAY_TABLES = (
     "replay_steps",
     "replay_heads",
     "replay_ranks",
+    "replay_gaps",
     "replay_regrets",
     "replay_wants",
     "certificates",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from kvtrace.cli import main
@@ -61,6 +62,13 @@ def test_loss_is_what_the_replays_say(synthetic_trace: SyntheticTrace) -> None:
         at = list(zip(mine.heads["layer"], mine.heads["kv_head"], strict=True)).index((1, 0))
         head = next(p for p in found.curves[1, 0] if p.budget == mine.budget)
         assert head.loss == 1 - mine.heads["mass"][at]
+        assert head.capacity is not None
+        assert head.capacity == 1 - best.heads["bound"][at]
+        assert head.capacity <= head.loss + 1e-6
+        layer = next(p for p in found.curves[1, None] if p.budget == mine.budget)
+        pairs = zip(best.heads["layer"], best.heads["bound"], strict=True)
+        bounds = [bound for number, bound in pairs if number == 1]
+        assert layer.capacity == pytest.approx(1 - np.mean(bounds))
     assert [p.budget for p in found.curves[0, None]] == ["10%", "40%", "70%", "100%"]
 
 
@@ -90,6 +98,25 @@ def test_the_verb_counts_bytes(
     assert "KV cache of 1 x 65 tokens" in out
     assert "one a KV head" in out
     assert trace.replays().num_rows == 0
+    for row in (*found["layers"], *found["heads"]):
+        assert row["policy"] == pytest.approx(row["loss"] - row["capacity"])
+    for kind, rows in (("layer", found["layers"]), ("head", found["heads"])):
+        assert sum(row["saved"] for row in rows) == found["bytes"][kind]["saved"]
+
+
+@pytest.mark.parametrize(("by", "other"), [("layer", "heads"), ("head", "layers")])
+def test_one_kind_of_place_can_be_asked_for(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str], by: str, other: str
+) -> None:
+    path = str(synthetic_trace(steps=DECODED).path)
+    args = ["size", path, "--policy", "adakv:window=4", "--lose", "9%", "--budget", "10%..90%/40%"]
+    assert main([*args, "--when", "step", "--by", by, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert other not in found
+    # A policy that shares budgets is not under the bound of equal ones, at no place.
+    assert {row["capacity"] for row in found[f"{by}s"]} == {None}
+    assert main([*args, "--when", "step", "--by", by]) == 0
+    assert ("KV head 0" in capsys.readouterr().out) == (by == "head")
 
 
 def test_what_cannot_be_sized_is_refused(

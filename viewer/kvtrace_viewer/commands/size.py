@@ -2,10 +2,10 @@ r"""The smallest budget that loses at most a given share, and what it saves.
 
 Replays a policy over a range of budgets in one pass, with the oracle beside it: of the loss, what
 no policy could have kept under that budget is the capacity's, the rest the policy's. Says the
-smallest budget for the whole model, for each layer and for each KV head, and the bytes of the KV
-cache that it saves at a context and a batch.
+smallest budget for the whole model, for each layer and for each KV head (--by layer, --by head),
+and the bytes of the KV cache that it saves at a context and a batch.
 
-Example: kvtrace size traces/demo.kvtrace --policy h2o --lose 1% --context 4096 --batch 8
+Example: kvtrace size traces/demo.kvtrace --policy h2o --lose 1% --by layer --context 4096 --batch 8
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="sequences, for the bytes (default: 1)"
     )
+    parser.add_argument(
+        "--by",
+        choices=("layer", "head"),
+        help="also the smallest budget of each layer, or of each KV head (default: both)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
 
 
@@ -105,36 +110,43 @@ def _document(
     trace: kvtrace.Trace, args: argparse.Namespace, found: Sizing, context: int
 ) -> dict[str, Any]:
     from kvtrace_viewer.replay.amounts import parse_budget
-    from kvtrace_viewer.replay.sizing import bytes_held
+    from kvtrace_viewer.replay.sizing import bytes_held, total_bytes
 
-    def bytes_of(kind: str) -> dict[str, int]:
+    def held_by(kind: str) -> dict[Place, tuple[int, int]]:
         def budget_of(place: Place) -> Any:
             layer, head = place
             at = {"all": (None, None), "layer": (layer, None), "head": (layer, head)}[kind]
             point = found.smallest(at) if at in found.curves else None
             return None if point is None else parse_budget(point.budget)
 
-        full, kept = bytes_held(trace, args.request, context, args.batch, budget_of)
-        return {"full": full, "kept": kept, "saved": full - kept}
+        return bytes_held(trace, args.request, context, args.batch, budget_of)
 
-    return {
+    held = {kind: held_by(kind) for kind in ("all", "layer", "head")}
+
+    def row(kind: str, place: Place) -> dict[str, Any]:
+        saved = total_bytes(held[kind], place)["saved"]
+        return {**_row(found.smallest(place)), "saved": saved}
+
+    document = {
         "policy": args.policy,
         "of": args.of,
         "lose": found.lose,
         "when": found.when,
         "context": context,
         "batch": args.batch,
-        "model": _row(found.smallest((None, None))),
-        "layers": [
-            {"layer": place[0], **_row(found.smallest(place))} for place in found.places("layer")
-        ],
-        "heads": [
-            {"layer": place[0], "kv_head": place[1], **_row(found.smallest(place))}
-            for place in found.places("head")
-        ],
-        "bytes": {kind: bytes_of(kind) for kind in ("all", "layer", "head")},
-        "curve": [_row(point) for point in found.curves[None, None]],
+        "model": row("all", (None, None)),
     }
+    if args.by != "head":
+        places = found.places("layer")
+        document["layers"] = [{"layer": place[0], **row("layer", place)} for place in places]
+    if args.by != "layer":
+        document["heads"] = [
+            {"layer": place[0], "kv_head": place[1], **row("head", place)}
+            for place in found.places("head")
+        ]
+    document["bytes"] = {kind: total_bytes(one, (None, None)) for kind, one in held.items()}
+    document["curve"] = [_row(point) for point in found.curves[None, None]]
+    return document
 
 
 def _row(point: Point | None) -> dict[str, Any]:
@@ -153,12 +165,13 @@ def _row(point: Point | None) -> dict[str, Any]:
 def _show(document: dict[str, Any], found: Sizing) -> None:
     out = console()
     table = Table()
-    for name in ("budget", "for", "lost", "of it capacity", "of it the policy"):
+    for name in ("budget", "for", "lost", "of it capacity", "of it the policy", "bytes saved"):
         table.add_column(name, justify="left" if name == "for" else "right")
     table.add_row(*_cells(document["model"], "the whole model"))
-    for row in document["layers"]:
+    layers, heads = document.get("layers", []), document.get("heads", [])
+    for row in layers:
         table.add_row(*_cells(row, f"layer {row['layer']}"))
-    for row in document["heads"]:
+    for row in heads:
         table.add_row(*_cells(row, f"layer {row['layer']}, KV head {row['kv_head']}"))
     out.print(
         f"{document['policy']}, --when {found.when}: the smallest budget that loses at most "
@@ -166,7 +179,7 @@ def _show(document: dict[str, Any], found: Sizing) -> None:
         markup=False,
     )
     out.print(table)
-    if any(row["budget"] is None for row in (document["model"], *document["heads"])):
+    if any(row["budget"] is None for row in (document["model"], *layers, *heads)):
         out.print("-: no budget that was tried loses so little")
     out.print(f"KV cache of {document['batch']} x {document['context']:,} tokens:", markup=False)
     names = {"all": "one budget for all", "layer": "one a layer", "head": "one a KV head"}
@@ -182,4 +195,5 @@ def _show(document: dict[str, Any], found: Sizing) -> None:
 
 def _cells(row: dict[str, Any], place: str) -> tuple[str, ...]:
     shares = (row["loss"], row["capacity"], row["policy"])
-    return (row["budget"] or "-", place, *("-" if x is None else f"{x:.4f}" for x in shares))
+    numbers = ("-" if x is None else f"{x:.4f}" for x in shares)
+    return (row["budget"] or "-", place, *numbers, f"{row['saved']:,}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from kvtrace.store import StoreWriter, publish
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.block import BLOCK_ROWS, Floats, Head
 from kvtrace_viewer.replay.engine import blocks, workers
+from kvtrace_viewer.replay.gaps import first_holdings, whole_tokens
+from kvtrace_viewer.replay.heads import as_held, heads_of
 from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.kernels import NEVER, Doubles, Ints, Longs
 from kvtrace_viewer.replay.measure import Measures
 from kvtrace_viewer.replay.replayable import layers_replayed
-from kvtrace_viewer.replay.run import as_held, heads_of
 
 WANTS = 4
 """Queries that are kept of each evicted token and query head."""
@@ -82,7 +83,7 @@ def compute_regrets(
     work = list(_work(trace, evicted_at))
     with workers() as pool:
         for done, (request, layer) in enumerate(work, start=1):
-            rows = trace.request_rows(request.request)
+            rows = trace.request_rows(request.request)[: request.tokens]
             places = trace.places().of(rows)
             gone = {name: values[places, layer] for name, values in evicted_at.items()}
             heads = _heads(trace, request, layer)
@@ -130,24 +131,26 @@ def stored_evictions(trace: Trace, name: str) -> NDArray[np.int32]:
 def _work(
     trace: Trace, evicted_at: Mapping[str, NDArray[np.int32]]
 ) -> Iterator[tuple[Request, int]]:
-    """Requests and layers in which something was evicted."""
+    """Requests, as far as they can be replayed, and layers in which something was evicted."""
     cached = set(cached_requests(trace))
     for request in trace.requests():
         if request.request not in cached:
             continue
         held = set(layers_replayed(trace, [request.request]))
+        whole = replace(request, tokens=whole_tokens(trace, request, sorted(held)))
         rows = trace.places().of(trace.request_rows(request.request))
         for spec in cached_layers(trace, [request.request]):
             if spec.layer in held and any(
                 spec.layer < values.shape[1] and (values[rows, spec.layer] >= 0).any()
                 for values in evicted_at.values()
             ):
-                yield request, spec.layer
+                yield whole, spec.layer
 
 
 def _heads(trace: Trace, request: Request, layer: int) -> list[Head]:
     data = trace.layer_data(layer, request.request)
-    return heads_of(as_held(data, trace.holdings(request.request)), request, num_layers=layer + 1)
+    held = first_holdings(trace.holdings(request.request), request.tokens)
+    return heads_of(as_held(data, held), request, num_layers=layer + 1)
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
 from kvtrace.places import RowPlaces
+from kvtrace_viewer.replay.gaps import LeftOut
 
 Columns = Mapping[str, Any]
 """Equally long columns of a table of schema.sql."""
@@ -64,6 +65,8 @@ class Result:
         Cuts, over layers and KV heads, whose margin was 0.
     bound : float or None
         Most mass that any policy can retain under this budget; the oracle's only.
+    left_out : tuple of LeftOut
+        Rows that the trace's gaps kept from being replayed or measured.
     notes : tuple of str
         What a reader should know, such as a budget below the policy's protection.
     places : RowPlaces
@@ -94,6 +97,7 @@ class Result:
     output_rows: int
     ties: int
     bound: float | None
+    left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     places: RowPlaces = field(repr=False)
     evicted_at: NDArray[np.int32] = field(repr=False)
@@ -127,7 +131,10 @@ class Result:
         found = {"id": self.id, **{name: getattr(self, name) for name in names}}
         if self.bound is not None or self.policy.partition(":")[0] == "oracle":
             found["bound"] = self.bound
-        return found | {"notes": list(self.notes)}
+        return found | {
+            "left_out": [rows.to_json() for rows in self.left_out],
+            "notes": list(self.notes),
+        }
 
     def kept(self, request: int | None = None) -> dict[int, dict[int, NDArray[np.int64]]]:
         """Positions held after the last decision, by layer and KV head, ascending.

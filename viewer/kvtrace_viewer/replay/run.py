@@ -14,19 +14,26 @@ from numpy.typing import NDArray
 
 from kvtrace.cached import cached_layers, cached_requests
 from kvtrace.errors import InputError
-from kvtrace.holdings import Holdings
-from kvtrace.model import LayerData, Request
+from kvtrace.model import Request
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.amounts import Budget, parse_budget, parse_budgets
 from kvtrace_viewer.replay.block import Head
 from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
+from kvtrace_viewer.replay.gaps import (
+    first_holdings,
+    left_out_rows,
+    lost_rows,
+    whole_tokens,
+    without_query,
+)
+from kvtrace_viewer.replay.heads import as_held, heads_of
 from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.measure import Measures
 from kvtrace_viewer.replay.plugins import mistakes_explained
 from kvtrace_viewer.replay.policy import Policy
 from kvtrace_viewer.replay.replayable import check, layers_held, left_out
 from kvtrace_viewer.replay.result import ReplayedRequest, Result
-from kvtrace_viewer.replay.signals import Extra, extra_signals
+from kvtrace_viewer.replay.signals import extra_signals
 from kvtrace_viewer.replay.spec import parse_policy
 from kvtrace_viewer.replay.storage import store_result
 from kvtrace_viewer.replay.totals import HeadTotals, StepTotals
@@ -175,6 +182,7 @@ class _Work:
     replayed: dict[int, tuple[Request, NDArray[np.int64]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.left_out = lost_rows(self.trace)
         self.held = {r.request: self.trace.holdings(r.request) for r in self.requests}
         self.layers = layers_held(list(self.held.values()))
         self.kv_heads = {
@@ -187,10 +195,12 @@ class _Work:
         shape = (self.places.rows, max(self.kv_heads) + 1, heads)
         self.evicted_at = np.full((len(self.pairs), *shape), -1, dtype=np.int32)
 
-    def add(self, request: Request, pool: Executor, of: int) -> None:
+    def add(self, recorded: Request, pool: Executor, of: int) -> None:
         """Replay one request; `of` are the tokens of all."""
-        rows = self.places.of(self.trace.request_rows(request.request))
+        request = self._whole(recorded)
+        rows = self.places.of(self.trace.request_rows(request.request))[: request.tokens]
         self.replayed[request.request] = (request, rows)
+        unmeasured = np.zeros(request.tokens, np.bool_)
         steps = StepTotals.zeros(len(self.pairs), len(rows))
         self.steps[request.request] = steps
         of_model = [layer.layer for layer in cached_layers(self.trace, [request.request])]
@@ -207,8 +217,22 @@ class _Work:
             heads = [
                 replace(head, surveys=surveys) for head in self.heads(layer, request, num_layers)
             ]
+            unmeasured |= without_query(heads)
             for replayed in replay_layer(heads, runs, self.measures, pool, passed):
                 self._collect(replayed, rows, steps)
+        held = self.held[request.request]
+        self.left_out += left_out_rows(recorded, request.tokens, unmeasured, held)
+
+    def _whole(self, request: Request) -> Request:
+        """The request as far as its rows can be replayed."""
+        tokens = whole_tokens(self.trace, request, self.layers)
+        if not tokens:
+            raise InputError(
+                f"request {request.request} of {self.trace.path} has no keys at its first token in "
+                "some layer; all were expected; see the gaps in `kvtrace info`"
+            )
+        self.held[request.request] = first_holdings(self.held[request.request], tokens)
+        return replace(request, tokens=tokens)
 
     def heads(self, layer: int, request: Request, num_layers: int) -> list[Head]:
         """The KV heads of one layer, with the signals that some policy declares."""
@@ -257,7 +281,6 @@ class _Work:
         """Make the result of pair `p`."""
         pair, total = self.pairs[p], self.total
         masses = int(total.masses[p])
-        bound = float(total.bound[p])
         return Result(
             id=pair.id + self._chosen(),
             policy=pair.spec,
@@ -278,8 +301,8 @@ class _Work:
             output_error=float(total.error[p] / total.errors[p]) if total.errors[p] else None,
             output_rows=int(total.error_rows[p]) // len(self.totals),
             ties=int(total.ties[p]),
-            # What the dual says may lie above what there is.
-            bound=min(bound / masses, 1.0) if masses and np.isfinite(bound) else None,
+            bound=total.mean_bound(p),
+            left_out=tuple(self.left_out),
             notes=self._notes(pair),
             evicted_at=self.evicted_at[p],
             places=self.places,
@@ -300,11 +323,7 @@ class _Work:
 
     def _notes(self, pair: Pair) -> tuple[str, ...]:
         found = left_out(self.trace, list(self.held))
-        missing = sum(int((~held.queries).sum()) for held in self.held.values())
-        if missing:
-            found.append(
-                f"{missing:,} queries of the prompts were not kept: sinks are told by the others"
-            )
+        found += map(str, self.left_out)
         present = max(len(rows) for _, rows in self.replayed.values())
         limit = pair.budget.limits(np.array([present]))
         last = max(int(pair.policy.recent.of(limit)[0]), pair.policy.least_recent)
@@ -343,76 +362,10 @@ class _Work:
                     "evictions": int(t.evictions[p]),
                     "output_error": t.error[p] / t.errors[p] if t.errors[p] else None,
                     "ties": int(t.ties[p]),
+                    "bound": t.mean_bound(p),
                 }
             )
         return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def as_held(data: LayerData, held: Holdings) -> LayerData:
-    """One layer of one request with what was thinned made explicit.
-
-    Queries that were not kept are zero (their rows are not measured), `received` is there only
-    where it must stand for them, and values only where every token has them.
-    """
-    kinds = held.layers[data.spec.layer]
-    v = data.v if "v" in kinds else None
-    if held.has_all_queries or data.q is None:
-        return replace(data, v=v, received=None)
-    q = np.where(held.queries[:, None, None], data.q, np.float32(0))
-    use = data.received if "received" in kinds else None
-    return replace(data, q=q, v=v, received=None if use is None else np.nan_to_num(use))
-
-
-def heads_of(
-    data: LayerData, request: Request, num_layers: int, extra: Extra | None = None
-) -> list[Head]:
-    """One layer of one request as KV heads.
-
-    Raises
-    ------
-    InputError
-        Where keys or values of some rows are missing (a gap in the trace).
-    """
-    spec = data.spec
-    if data.q is None or data.k is None:
-        raise InputError(f"layer {spec.layer} has no q or k; both were expected; record them")
-    for name, values in (("k", data.k), ("v", data.v)):
-        missing = 0 if values is None else int((~np.isfinite(values)).any(axis=(1, 2)).sum())
-        if missing:
-            raise InputError(
-                f"layer {spec.layer} of request {request.request} has {missing} rows without a "
-                f"usable {name}; all were expected; see the gaps in `kvtrace info`"
-            )
-    extra = extra or Extra()
-    group = spec.group_size
-    slopes = None if spec.alibi_slopes is None else np.array(spec.alibi_slopes, np.float32)
-    return [
-        Head(
-            q=data.q[:, h * group : (h + 1) * group],
-            k=np.ascontiguousarray(data.k[:, h]),
-            v=None if data.v is None else np.ascontiguousarray(data.v[:, h]),
-            lse=_columns(data.lse, h * group, group),
-            scale=spec.scale,
-            prompt_tokens=min(request.prompt_tokens, data.n),
-            window=spec.sliding_window,
-            softcap=spec.softcap,
-            alibi_slopes=None if slopes is None else slopes[h * group : (h + 1) * group],
-            has_sinks=spec.has_sinks,
-            received=_columns(data.received, h * group, group),
-            layer=spec.layer,
-            kv_head=number,
-            num_layers=num_layers,
-            q_prerope=_columns(extra.q_prerope, h * group, group),
-            inv_freq=extra.inv_freq,
-            wo=None if extra.wo is None else extra.wo[h * group : (h + 1) * group],
-            score=None if extra.score is None else extra.score[:, h],
-        )
-        for h, number in enumerate(spec.kv_head_numbers)
-    ]
-
-
-def _columns(values: NDArray[np.float32] | None, first: int, count: int) -> Any:
-    return None if values is None else values[:, first : first + count]
 
 
 def _last_cut(when: When, request: Request, tokens: int) -> int:

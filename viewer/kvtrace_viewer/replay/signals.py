@@ -115,7 +115,7 @@ def _complex(x: Floats) -> NDArray[np.complex128]:
 
 def _prerope(trace: Trace, spec: Layer, request: int, q: Floats) -> dict[str, Any]:
     if "q_prerope" in trace.signals:
-        before = trace.row_array("q_prerope", spec.layer, request)
+        before = trace.row_array("q_prerope", spec.layer, request)[: len(q)]
         return {"q_prerope": before, "inv_freq": fitted_frequencies(q, before)}
     theta = spec.rope_theta
     if theta is None:

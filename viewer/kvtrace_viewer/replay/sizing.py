@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,11 +107,12 @@ def size(
     order = sorted(range(len(mine)), key=lambda i: _amount(mine[i].budget))
     curves: dict[Place, list[Point]] = {}
     for i in order:
-        bound = known[i].bound if known and _is_bounded(policy) else None
-        for place, loss in _losses(mine[i], of).items():
-            whole = place == (None, None)
-            capacity = 1 - bound if bound is not None and whole else None
-            curves.setdefault(place, []).append(Point(mine[i].budget, loss, capacity))
+        bounded = known and _is_bounded(policy)
+        bounds = _by_place(known[i], "bound", known[i].bound) if bounded else {}
+        for place, value in _by_place(mine[i], of, _value(mine[i], of)).items():
+            loss = 1 - value if of == "mass" else value
+            least = None if place not in bounds else 1 - bounds[place]
+            curves.setdefault(place, []).append(Point(mine[i].budget, loss, least))
     return Sizing(curves, rhythm, of, lose)
 
 
@@ -121,7 +122,7 @@ def bytes_held(
     context: int,
     batch: int,
     budget_of: Callable[[Place], Budget | None],
-) -> tuple[int, int]:
+) -> dict[Place, tuple[int, int]]:
     """Bytes of the KV cache with the full cache and with budgets, `batch` sequences of `context`.
 
     Parameters
@@ -131,21 +132,35 @@ def bytes_held(
 
     Returns
     -------
-    tuple of int
-        Full, kept. In the type the model computed in.
+    dict of Place to tuple of int
+        Full, kept, by KV head. In the type the model computed in.
     """
     layers = cached_layers(trace, list(requests or cached_requests(trace)))
     types = {row["model"]: row["dtype"] for row in trace.table("models").to_pylist()}
-    full = kept = 0
+    found: dict[Place, tuple[int, int]] = {}
     for layer in layers:
         there = present(np.array([context - 1]), layer.sliding_window)
+        width = (layer.head_dim + layer.value_dim) * TYPE_BYTES.get(types[layer.model] or "", 2)
         for head in layer.kv_head_numbers:
-            width = (layer.head_dim + layer.value_dim) * TYPE_BYTES.get(types[layer.model] or "", 2)
             budget = budget_of((layer.layer, head))
             limit = there if budget is None else np.minimum(budget.limits(there), there)
-            full += int(there[0]) * width * batch
-            kept += int(limit[0]) * width * batch
-    return full, kept
+            found[layer.layer, head] = (
+                int(there[0]) * width * batch,
+                int(limit[0]) * width * batch,
+            )
+    return found
+
+
+def total_bytes(held: Mapping[Place, tuple[int, int]], place: Place) -> dict[str, int]:
+    """`full`, `kept` and `saved` bytes of a place: the model, a layer or a KV head."""
+    layer, head = place
+    parts = [
+        bytes_of
+        for (of_layer, of_head), bytes_of in held.items()
+        if layer in (None, of_layer) and head in (None, of_head)
+    ]
+    full, kept = (sum(one) for one in zip(*parts, strict=True)) if parts else (0, 0)
+    return {"full": full, "kept": kept, "saved": full - kept}
 
 
 def _is_bounded(policy: str) -> bool:
@@ -164,19 +179,17 @@ def _amount(budget: str) -> float:
     return float(found.percent if found.percent is not None else found.tokens or 0)
 
 
-def _losses(result: Result, of: str) -> dict[Place, float]:
-    """Loss by place: the model, its layers, its KV heads."""
+def _by_place(result: Result, column: str, whole: float | None) -> dict[Place, float]:
+    """A number of table `replay_heads` by place: the model's is given, a layer's is the mean."""
     heads = result.heads
-
-    def loss(value: float | None) -> float:
-        known = 0.0 if value is None else value
-        return 1 - known if of == "mass" else known
-
-    found: dict[Place, float] = {(None, None): loss(_value(result, of))}
-    by_layer: dict[int, list[float]] = {}
-    columns: Any = zip(heads["layer"], heads["kv_head"], heads[of], strict=True)
-    by_head = {(layer, head): loss(value) for layer, head, value in columns}
+    columns: Any = zip(heads["layer"], heads["kv_head"], heads[column], strict=True)
+    by_head: dict[Place, float] = {
+        (layer, head): value for layer, head, value in columns if value is not None
+    }
+    by_layer: dict[int | None, list[float]] = {}
     for (layer, _), value in by_head.items():
         by_layer.setdefault(layer, []).append(value)
+    found: dict[Place, float] = {} if whole is None else {(None, None): whole}
+    # The heads of a layer have the same queries and rows, so that their mean is the layer's.
     found |= {(layer, None): float(np.mean(values)) for layer, values in by_layer.items()}
-    return found | dict(by_head)
+    return found | by_head

@@ -35,9 +35,25 @@ def store_result(result: Result, directory: Path) -> None:
     for table, columns in (("replay_steps", result.steps), ("replay_heads", result.heads)):
         length = len(next(iter(columns.values())))
         writer.append(table, {"replay": np.full(length, result.id), **columns})
+    writer.append("replay_gaps", _gaps(result))
     writer.append("replay_ranks", {"replay": [result.id] * len(places.counts), **_ranks(places)})
     writer.close()
     publish(aside, directory / result.id)
+
+
+def _gaps(result: Result) -> dict[str, list[object]]:
+    """A row a stretch of left-out rows; one without positions where the trace does not say."""
+    rows: list[tuple[object, ...]] = []
+    for one in result.left_out:
+        stretches = one.ranges()
+        rows += [(one.request, a, b, b - a + 1, one.reason) for a, b in stretches]
+        if not stretches:
+            rows.append((one.request, None, None, one.count, one.reason))
+    names = ("request", "first_position", "last_position", "count", "reason")
+    return {
+        "replay": [result.id] * len(rows),
+        **{name: [row[i] for row in rows] for i, name in enumerate(names)},
+    }
 
 
 def _ranks(places: RowPlaces) -> dict[str, list[int]]:

@@ -70,6 +70,13 @@ class HeadTotals:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
         self.worst = np.minimum(self.worst, other.worst)
 
+    def mean_bound(self, pair: int) -> float | None:
+        """`bound` as a mean like retained mass; None where there is none."""
+        if not self.masses[pair] or not np.isfinite(self.bound[pair]):
+            return None
+        # What the dual says may lie above what there is.
+        return min(float(self.bound[pair] / self.masses[pair]), 1.0)
+
     def p5(self, pair: int) -> float | None:
         """5th percentile of mass, to 5e-5; None where no row was measured."""
         counts = self.histogram[pair].cumsum()
