@@ -218,7 +218,8 @@ CREATE TABLE replays (
     replay VARCHAR, policy VARCHAR, parameters VARCHAR, budget VARCHAR, decide_when VARCHAR,
     exactness VARCHAR, created_ns BIGINT, tokens BIGINT, measured_rows BIGINT, hits BIGINT,
     misses BIGINT, evictions BIGINT, retained_mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
-    sinks BIGINT, retained_sinks BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE
+    sinks BIGINT, retained_sinks BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE,
+    rerotate BOOLEAN, overlap DOUBLE
 );
 COMMENT ON TABLE replays IS 'One row per replayed policy and budget, over all requests, layers and heads.';
 COMMENT ON COLUMN replays.budget IS 'Tokens per KV head (N), or the share of the tokens present (P%).';
@@ -227,6 +228,8 @@ COMMENT ON COLUMN replays.created_ns IS 'When the replay ended.';
 COMMENT ON COLUMN replays.mass_p5 IS '5th percentile of retained mass over query heads, layers and measured rows.';
 COMMENT ON COLUMN replays.mass_worst IS 'The least of the same.';
 COMMENT ON COLUMN replays.retained_sinks IS 'Of the sinks, those still held at the end.';
+COMMENT ON COLUMN replays.rerotate IS 'Whether kept tokens were renumbered by their place in the cache and their keys re-rotated: output_error and overlap are then of that. Null, as false, in older replays.';
+COMMENT ON COLUMN replays.overlap IS 'Re-rotated: mean of what attention has in common with the full cache''s, sum_j min(a, a''); null otherwise, where it is retained_mass.';
 COMMENT ON COLUMN replays.output_error IS 'Mean relative error of the attention output, ||o_S - o|| / ||o||; null without v.';
 COMMENT ON COLUMN replays.ties IS 'Cuts, over layers and KV heads, whose margin was 0.';
 COMMENT ON COLUMN replays.replay IS 'Name of the folder under replays/.';
@@ -280,7 +283,8 @@ COMMENT ON COLUMN replay_gaps.reason IS 'Why, and what was left out: the whole r
 
 CREATE TABLE replay_heads (
     replay VARCHAR, layer INTEGER, kv_head INTEGER, mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
-    hits BIGINT, misses BIGINT, evictions BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE
+    hits BIGINT, misses BIGINT, evictions BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE,
+    overlap DOUBLE
 );
 COMMENT ON TABLE replay_heads IS 'Per layer and KV head: totals over the measured rows.';
 COMMENT ON COLUMN replay_heads.replay IS 'The replay.';
@@ -294,6 +298,7 @@ COMMENT ON COLUMN replay_heads.misses IS 'Needed and evicted pairs.';
 COMMENT ON COLUMN replay_heads.evictions IS 'Slots evicted.';
 COMMENT ON COLUMN replay_heads.output_error IS 'Mean relative error of its outputs; null without v.';
 COMMENT ON COLUMN replay_heads.ties IS 'Cuts whose margin was 0.';
+COMMENT ON COLUMN replay_heads.overlap IS 'As replays.overlap.';
 COMMENT ON COLUMN replay_heads.bound IS 'Certified upper bound on mass under this budget (oracle only).';
 
 CREATE TABLE replay_regrets (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.llama.modeling_llama import rotate_half
 
 import kvtrace
 import kvtrace_recorder
@@ -102,14 +104,33 @@ def evict(cache: Any, kept: list[list[list[int]]], positions: list[list[list[int
             setattr(content, kind, torch.stack(heads)[None])
 
 
-def truly_evicted(model: Any, ids: torch.Tensor, evicted_at: Any) -> Any:
-    """Log-probabilities of the rows after the prompt, each key gone from the cache when evicted."""
+def turned_to(model: Any, keys: torch.Tensor, kept: list[int], whole: list[int]) -> torch.Tensor:
+    """Keys [key, width] that stood at their places in `whole`, at their places in `kept`."""
+    moved = [place - whole.index(p) for place, p in enumerate(kept)]
+    cos, sin = model.model.rotary_emb(keys, torch.tensor([moved]))
+    found: torch.Tensor = keys * cos[0] + rotate_half(keys) * sin[0]
+    return found
+
+
+def test_layers_without_a_name_are_found_by_their_number(trace: Trace, model: Any) -> None:
+    unnamed = [replace(layer, name=None) for layer in trace.layers]
+    found = attention_modules(model, unnamed)
+    assert {spec.layer for spec in found.values()} == {0, 1, 2}
+
+
+def truly_evicted(model: Any, ids: torch.Tensor, evicted_at: Any, rerotate: bool = False) -> Any:
+    """Log-probabilities of the rows after the prompt, each key gone from the cache when evicted.
+
+    Re-rotated, a row's position is the number of keys that the cache holds, and what is left of
+    them is turned to its new place after every eviction.
+    """
     cache: Any = DynamicCache()
     positions = [[list[int]() for _ in range(2)] for _ in range(3)]
     found = []
     with torch.no_grad():
         for start, stop in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, ids.shape[1]))]:
-            at = torch.arange(start, stop)[None]
+            first = len(positions[0][0]) if rerotate else start
+            at = torch.arange(first, first + stop - start)[None]
             out = model(ids[:, start:stop], position_ids=at, past_key_values=cache)
             found.append(out.logits[0])
             kept = [
@@ -121,8 +142,31 @@ def truly_evicted(model: Any, ids: torch.Tensor, evicted_at: Any) -> Any:
             ]
             whole = [[[*held, *range(start, stop)] for held in some] for some in positions]
             evict(cache, kept, whole)
+            if rerotate:
+                for content, some, rest in zip(cache.layers, whole, kept, strict=True):
+                    for head, keys in enumerate(content.keys[0]):
+                        content.keys[0, head] = turned_to(model, keys, rest[head], some[head])
             positions = kept
     return torch.cat(found)[PROMPT:].double().log_softmax(1)
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm:sinks=2", "h2o", "knorm"])
+@pytest.mark.parametrize("when", ["prefill", "step"])
+def test_rerotated_is_a_cache_that_turns_its_keys(
+    trace: Trace, model: Any, policy: str, when: str
+) -> None:
+    (replayed,) = replay(trace, [policy], ["30%"], when, rerotate=True)
+    want = truly_evicted(model, ids_of(trace), replayed.evicted_at, rerotate=True)
+    (found,) = certify(trace, [replayed.id], model, options=Options(generated=4))
+    with torch.no_grad():
+        full = model(ids_of(trace)).logits[0, PROMPT:].double().log_softmax(1)
+    kl = (full.exp() * (full - want)).sum(1).numpy()
+    np.testing.assert_allclose(found.steps["kl"], kl, rtol=1e-3, atol=1e-6)
+    plain = truly_evicted(model, ids_of(trace), replayed.evicted_at)
+    assert (plain - want).abs().max() > 1e-2, "the turn must be felt, or nothing is tested"
+    assert found.live is None
+    assert found.generation is not None
+    assert "re-rotated" in str(found.live_reason)
 
 
 @pytest.mark.parametrize("name", ["h2o-30pct-step", "knorm-30pct-prefill", "oracle-30pct-step"])

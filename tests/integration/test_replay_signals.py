@@ -98,5 +98,5 @@ def test_queries_are_turned_back_where_only_theta_is_known(synthetic_trace: Synt
 def test_what_a_trace_lacks_is_said(synthetic_trace: SyntheticTrace, tmp_path: Path) -> None:
     trace = synthetic_trace()
     assert set(missing(trace, trace.layers)) == {"q_prerope", "wo", "score"}
-    with pytest.raises(InputError, match=r"declares cannot be replayed.*layer 0 has no rope_theta"):
+    with pytest.raises(InputError, match=r"declares cannot be replayed.*layer 0 has no rotary pos"):
         replay(trace, [Declares()], [5])

@@ -14,6 +14,7 @@ from kvtrace.cached import cached_requests
 from kvtrace.errors import InputError
 from kvtrace.model import Layer, Request
 from kvtrace.ranks import NUMBERS_PER_RANK
+from kvtrace.rope import Rope, ropes
 from kvtrace.trace import Trace
 from kvtrace_recorder.certificate import live
 from kvtrace_recorder.certificate.enforce import as_tensors, attention_modules
@@ -193,7 +194,9 @@ def _certify_request(
     evicted_at = {one.name: one.of_request(trace, request) for one in work}
     runs = {
         one.name: EnforcedRun(
-            as_tensors(evicted_at[one.name], model), one.requests[request.request]
+            as_tensors(evicted_at[one.name], model),
+            one.requests[request.request],
+            ropes=_ropes(trace, specs) if one.row["rerotate"] else None,
         )
         for one in work
     }
@@ -214,9 +217,7 @@ def _certify_request(
         count = min(options.generated, request.tokens - request.prompt_tokens)
         if count > 0:
             prompt = ids[:, : request.prompt_tokens]
-            generation = generate_both(
-                model, tokenizer, prompt, layers, runs[one.name].evicted_at, count
-            )
+            generation = generate_both(model, tokenizer, prompt, layers, runs[one.name], count)
         found.append(
             Certificate(
                 replay=one.name,
@@ -263,7 +264,7 @@ def _live(
     """The live run, or why there is none."""
     if not options.passes:
         return None, "not asked for"
-    reason = live.obstacle(trace, request, work.row["policy"])
+    reason = live.obstacle(trace, request, work.row)
     if reason is not None:
         return None, reason
     try:
@@ -273,6 +274,16 @@ def _live(
         )
     except InputError as error:
         return None, str(error)
+
+
+def _ropes(trace: Trace, specs: list[Layer]) -> dict[int, Rope]:
+    found = ropes(trace, specs)
+    if isinstance(found, str):
+        raise InputError(
+            f"{trace.path} cannot be re-rotated: {found}; a replay of a trace that can was"
+            " expected; replay it without --rerotate"
+        )
+    return found
 
 
 def _token_ids(trace: Trace, request: Request) -> torch.Tensor:

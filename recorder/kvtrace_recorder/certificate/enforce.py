@@ -13,6 +13,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvtrace.errors import InputError
 from kvtrace.model import Layer
+from kvtrace.rope import Rope
 from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.patch import Patch
 
@@ -37,6 +38,9 @@ class Attending:
         as are heads and tokens that are not there. Calls of layers without go through unchanged.
     see : callable, optional
         Shown every call.
+    ropes : mapping of int to Rope, optional
+        By layer. Where given, keys are re-rotated to their places in the cache; calls must then
+        be of one row, because another row's keys stand elsewhere.
     """
 
     def __init__(
@@ -44,7 +48,9 @@ class Attending:
         layers: Mapping[int, Layer],
         evicted_at: Mapping[int, torch.Tensor] | None = None,
         see: See | None = None,
+        ropes: Mapping[int, Rope] | None = None,
     ) -> None:
+        self.ropes = ropes
         self._layers = layers
         self._evicted_at = evicted_at or {}
         self._see = see
@@ -93,9 +99,12 @@ class Attending:
                     self._see(spec.layer, call)
                 if spec.layer not in self._evicted_at:
                     return function(*operands, **extra)
-                mask = hide(call, spec, self._evicted_at[spec.layer])
+                evicted_at = self._evicted_at[spec.layer]
+                mask, k = hide(call, spec, evicted_at), call.k
+                if self.ropes is not None:
+                    k = renumbered(k, evicted_at, self.ropes[spec.layer])
                 rest = {name: x for name, x in extra.items() if name not in _OPERANDS}
-                return function(call.module, call.q, call.k, call.v, mask, **rest)
+                return function(call.module, call.q, k, call.v, mask, **rest)
 
             return attention
 
@@ -131,6 +140,28 @@ def hide(call: Call, spec: Layer, evicted_at: torch.Tensor) -> torch.Tensor:
     return mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)
 
 
+def renumbered(k: torch.Tensor, evicted_at: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Keys [1, kv_head, key, head_dim] turned to where they stand for the query of the last.
+
+    A key comes nearer by every key between the two that was evicted; the query itself stays.
+    """
+    keys = k.shape[2]
+    gone = torch.zeros(k.shape[1:3], dtype=torch.long, device=k.device)
+    known = evicted_at[: len(gone), :keys]
+    gone[: len(known), : known.shape[1]] = known < keys - 1
+    nearer = gone.flip(1).cumsum(1).flip(1)
+    turned = [
+        rope.turn(of_head, by) for of_head, by in zip(_plain(k[0]), _plain(nearer), strict=True)
+    ]
+    return torch.from_numpy(np.stack(turned)[None]).to(k)
+
+
+def _plain(values: torch.Tensor) -> NDArray[Any]:
+    """As numpy has it: no bfloat16."""
+    found = values.double() if values.is_floating_point() else values
+    return np.asarray(found.cpu().numpy())
+
+
 def attention_modules(model: Any, layers: list[Layer]) -> dict[int, Layer]:
     """The attention modules of a model by their ids, as the trace names its layers.
 
@@ -148,7 +179,8 @@ def attention_modules(model: Any, layers: list[Layer]) -> dict[int, Layer]:
     }
     found = {}
     for spec in layers:
-        module = by_name.get(spec.name or "", by_index.get(spec.layer))
+        # The name "" is the model itself: layers of older traces have none.
+        module = (by_name.get(spec.name) if spec.name else None) or by_index.get(spec.layer)
         if module is None:
             raise InputError(
                 f"layer {spec.layer} ({spec.name or 'unnamed'}) was not found in the model; the"

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from kvtrace.model import Layer
+from kvtrace.rope import Rope
 from kvtrace_recorder.certificate.enforce import Attending, See
 from kvtrace_recorder.certificate.result import Columns
 
@@ -38,11 +39,14 @@ class EnforcedRun:
         The first row that can miss a key; the rows before are the full cache's.
     see : callable, optional
         Shown every attention call of the rows from `first_row` on.
+    ropes : mapping of int to Rope, optional
+        As `Attending` takes them.
     """
 
     evicted_at: Mapping[int, torch.Tensor]
     first_row: int
     see: See | None = None
+    ropes: Mapping[int, Rope] | None = None
     _cache: Any = None
     _parts: list[Columns] = field(default_factory=list)
 
@@ -56,7 +60,7 @@ class EnforcedRun:
         self, model: Any, ids: torch.Tensor, layers: Mapping[int, Layer], rows: slice, full: Any
     ) -> None:
         """Run some rows, and compare with the full cache's logits [row, vocabulary]."""
-        hook = Attending(layers, self.evicted_at, self.see)
+        hook = Attending(layers, self.evicted_at, self.see, self.ropes)
         logits = forward(model, ids[:, rows], self._cache, hook)
         following = ids[0, rows.start + 1 : rows.stop + 1]
         self._parts.append(
@@ -110,10 +114,13 @@ def teacher_forced(
 
 def forward(model: Any, ids: torch.Tensor, cache: Any, hook: Attending) -> torch.Tensor:
     """Logits [row, vocabulary] of the next rows; the cache grows by them."""
+    rows = ids.shape[1] if hook.ropes is None else 1
+    parts = [ids[:, at : at + rows] for at in range(0, ids.shape[1], rows)]
     with torch.no_grad(), hook:
-        return torch.as_tensor(
-            model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
-        )
+        logits = [
+            model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in parts
+        ]
+    return torch.cat(logits)
 
 
 def chunks(

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from kvtrace.model import Layer
 from kvtrace_recorder.certificate.enforce import Attending
-from kvtrace_recorder.certificate.forward import chunks, forward
+from kvtrace_recorder.certificate.forward import EnforcedRun, chunks, forward
 from kvtrace_recorder.certificate.result import Generation
 
 
@@ -19,7 +19,7 @@ def generate_both(
     tokenizer: Any,
     prompt: torch.Tensor,
     layers: Mapping[int, Layer],
-    evicted_at: Mapping[int, torch.Tensor],
+    run: EnforcedRun,
     count: int,
 ) -> Generation:
     """Generate `count` tokens from a prompt [1, token], each time the likeliest.
@@ -28,8 +28,9 @@ def generate_both(
     there: exact for what decides by position or once after the prompt, and until the texts part
     wherever the recorded tokens are the greedy ones.
     """
-    full = _generate(model, prompt, layers, {}, count)
-    evicted = _generate(model, prompt, layers, evicted_at, count)
+    full = _generate(model, prompt, layers, Attending(layers), count)
+    hook = Attending(layers, run.evicted_at, ropes=run.ropes)
+    evicted = _generate(model, prompt, layers, hook, count)
     apart = [i for i, (a, b) in enumerate(zip(full, evicted, strict=True)) if a != b]
     return Generation(
         count, apart[0] if apart else None, _text(tokenizer, full), _text(tokenizer, evicted)
@@ -40,10 +41,10 @@ def _generate(
     model: Any,
     prompt: torch.Tensor,
     layers: Mapping[int, Layer],
-    evicted_at: Mapping[int, torch.Tensor],
+    hook: Attending,
     count: int,
 ) -> list[int]:
-    cache, hook = DynamicCache(), Attending(layers, evicted_at)
+    cache = DynamicCache()
     logits = torch.empty(0)
     for rows in chunks(model, prompt.shape[1], layers, []):
         logits = forward(model, prompt[:, rows], cache, hook)

@@ -49,8 +49,11 @@ class Captured:
             self.parts.setdefault((layer, kind), []).append(new_rows(values, rows)[0])
 
 
-def obstacle(trace: Trace, request: Request, policy: str) -> str | None:
-    """Why a policy cannot be run live on the tokens of a trace; None where it can."""
+def obstacle(trace: Trace, request: Request, replay: Mapping[str, Any]) -> str | None:
+    """Why a replay's policy cannot be run live on the tokens of a trace; None where it can."""
+    policy = replay["policy"]
+    if replay["rerotate"]:
+        return "it is re-rotated, and a live policy would decide from the attention of that"
     if policy.partition(":")[0] in ("oracle", "full"):
         return f"{policy} decides nothing, or from what no running cache knows"
     held, layers = trace.holdings(request.request), trace.layers_of(request.request)

@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="only this request; may be given several times (default: all)",
     )
+    parser.add_argument(
+        "--rerotate",
+        action="store_true",
+        help="renumber kept tokens by their place in the cache and re-rotate their keys (RoPE), as "
+        "StreamingLLM does: output error and overlap are then of that attention",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument(
         "--kept",
@@ -99,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
             args.request,
             store=not args.no_store,
             progress=tell,
+            rerotate=args.rerotate,
         )
     wanted = _regrets(trace, results) if args.regret else {}
     if args.kept:
@@ -181,9 +188,9 @@ def _table(results: list[Result]) -> Table:
     table = Table()
     for name in ("policy", "budget", "when", "exactness"):
         table.add_column(name)
-    bounded = any(result.bound is not None for result in results)
     numbers = ("retained mass", "p5", "hits", "misses", "evictions", "sinks kept", "output error")
-    for name in (*numbers, *(["bound"] if bounded else [])):
+    more = [name for name in ("overlap", "bound") if any(getattr(r, name) for r in results)]
+    for name in (*numbers, *more):
         table.add_column(name, justify="right")
     for r in results:
         table.add_row(
@@ -198,7 +205,7 @@ def _table(results: list[Result]) -> Table:
             f"{r.evictions:,}",
             f"{r.retained_sinks}/{r.sinks}",
             _share(r.output_error),
-            *([_share(r.bound)] if bounded else []),
+            *(_share(getattr(r, name)) for name in more),
         )
     return table
 

@@ -42,8 +42,8 @@ def _certified(trace: Trace) -> dict[str, dict[str, float]]:
 
 
 def label(row: dict[str, Any]) -> str:
-    """Policy and budget in a few words; `when` only where it is not the usual one."""
-    return f"{row['policy']} · {row['budget']}"
+    """Policy and budget in a few words, and whether keys were re-rotated."""
+    return f"{row['policy']} · {row['budget']}" + (" · re-rotated" if row.get("rerotate") else "")
 
 
 def open_replay(trace: Trace, replay: str) -> StoreReader:

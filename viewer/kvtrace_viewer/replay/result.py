@@ -59,6 +59,12 @@ class Result:
     retained_mass, mass_p5, mass_worst : float or None
         Share of attention on kept keys: mean, 5th percentile (to 5e-5) and least over query
         heads, layers and measured rows; None where no row follows the first cut.
+    rerotate : bool
+        Whether kept tokens were renumbered by their place in the cache and their keys re-rotated:
+        `overlap` and `output_error` are then of what is attended to so, all else as without.
+    overlap : float or None
+        Mean over `output_rows` rows and query heads of what attention has in common with the full
+        cache's, sum_j min(a[i,j], a'[i,j]); None without re-rotation, where it is retained mass.
     output_error : float or None
         Mean relative error of the attention output over `output_rows` rows; None without v.
     ties : int
@@ -93,6 +99,8 @@ class Result:
     retained_mass: float | None
     mass_p5: float | None
     mass_worst: float | None
+    rerotate: bool
+    overlap: float | None
     output_error: float | None
     output_rows: int
     ties: int
@@ -124,6 +132,8 @@ class Result:
             "retained_mass",
             "mass_p5",
             "mass_worst",
+            "rerotate",
+            "overlap",
             "output_error",
             "output_rows",
             "ties",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvtrace.cached import cached_layers, cached_requests
 from kvtrace.errors import InputError
 from kvtrace.model import Request
+from kvtrace.rope import Rope
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.amounts import Budget, parse_budget, parse_budgets
 from kvtrace_viewer.replay.block import Head
@@ -32,6 +33,13 @@ from kvtrace_viewer.replay.measure import Measures
 from kvtrace_viewer.replay.plugins import mistakes_explained
 from kvtrace_viewer.replay.policy import Policy
 from kvtrace_viewer.replay.replayable import check, layers_held, left_out
+from kvtrace_viewer.replay.rerotation import (
+    RENUMBERED,
+    Rerotated,
+    known_ropes,
+    mean_overlap_and_error,
+    measure_rerotated,
+)
 from kvtrace_viewer.replay.result import ReplayedRequest, Result
 from kvtrace_viewer.replay.signals import extra_signals
 from kvtrace_viewer.replay.spec import parse_policy
@@ -65,6 +73,7 @@ def replay(
     store: bool = True,
     progress: Callable[[float], None] | None = None,
     measures: Measures | None = None,
+    rerotate: bool = False,
 ) -> list[Result]:
     """Replay a trace through every policy at every budget.
 
@@ -88,6 +97,9 @@ def replay(
         Told the share done, 0 to 1.
     measures : Measures, optional
         Thresholds of what is measured.
+    rerotate : bool
+        Renumber kept tokens by their place in the cache, and re-rotate their keys (see
+        `rerotation`).
 
     Returns
     -------
@@ -98,7 +110,7 @@ def replay(
     ------
     InputError
         For an unknown policy, parameter, budget, rhythm or request, an empty trace, and a
-        trace without what a policy needs.
+        trace without what a policy needs or, to be re-rotated, without rotary positions.
 
     Examples
     --------
@@ -107,7 +119,13 @@ def replay(
     pairs = _pairs(policies, budgets, when)
     chosen = _requests(trace, requests)
     check(trace, [r.request for r in chosen], [(pair.policy, pair.when) for pair in pairs])
-    work = _Work(trace, chosen, pairs, measures or Measures(), progress or (lambda share: None))
+    turns = (
+        known_ropes(trace, [r.request for r in chosen], [p.policy for p in pairs])
+        if rerotate
+        else None
+    )
+    tell = progress or (lambda share: None)
+    work = _Work(trace, chosen, pairs, measures or Measures(), tell, turns)
     with workers() as pool, mistakes_explained():
         for request in chosen:
             work.add(request, pool, of=sum(r.tokens for r in chosen))
@@ -176,8 +194,10 @@ class _Work:
     pairs: list[Pair]
     measures: Measures
     progress: Callable[[float], None]
+    ropes: dict[int, Rope] | None
     done: int = 0
     totals: dict[tuple[int, int], HeadTotals] = field(default_factory=dict)
+    rerotated: dict[tuple[int, int], Rerotated] = field(default_factory=dict)
     steps: dict[int, StepTotals] = field(default_factory=dict)
     replayed: dict[int, tuple[Request, NDArray[np.int64]]] = field(default_factory=dict)
 
@@ -218,8 +238,17 @@ class _Work:
                 replace(head, surveys=surveys) for head in self.heads(layer, request, num_layers)
             ]
             unmeasured |= without_query(heads)
-            for replayed in replay_layer(heads, runs, self.measures, pool, passed):
+            replays = replay_layer(heads, runs, self.measures, pool, passed)
+            for replayed in replays:
                 self._collect(replayed, rows, steps)
+            if self.ropes is not None:
+                rope = self.ropes[layer]
+                measured = pool.map(lambda r: measure_rerotated(r, rope), replays)  # noqa: B023
+                for head, found in zip(heads, measured, strict=True):
+                    at = (layer, head.kv_head)
+                    self.rerotated[at] = (
+                        self.rerotated[at] + found if at in self.rerotated else found
+                    )
         held = self.held[request.request]
         self.left_out += left_out_rows(recorded, request.tokens, unmeasured, held)
 
@@ -281,8 +310,11 @@ class _Work:
         """Make the result of pair `p`."""
         pair, total = self.pairs[p], self.total
         masses = int(total.masses[p])
+        overlap, error = mean_overlap_and_error(self.rerotated.values(), p)
+        if self.ropes is None and total.errors[p]:
+            error = float(total.error[p] / total.errors[p])
         return Result(
-            id=pair.id + self._chosen(),
+            id=pair.id + ("-rerotated" if self.ropes is not None else "") + self._chosen(),
             policy=pair.spec,
             parameters=pair.policy.parameters(),
             budget=str(pair.budget),
@@ -298,7 +330,9 @@ class _Work:
             retained_mass=float(total.mass[p] / masses) if masses else None,
             mass_p5=total.p5(p),
             mass_worst=float(total.worst[p]) if masses else None,
-            output_error=float(total.error[p] / total.errors[p]) if total.errors[p] else None,
+            rerotate=self.ropes is not None,
+            overlap=overlap,
+            output_error=error,
             output_rows=int(total.error_rows[p]) // len(self.totals),
             ties=int(total.ties[p]),
             bound=total.mean_bound(p),
@@ -324,6 +358,8 @@ class _Work:
     def _notes(self, pair: Pair) -> tuple[str, ...]:
         found = left_out(self.trace, list(self.held))
         found += map(str, self.left_out)
+        if self.ropes is not None:
+            found.append(RENUMBERED)
         present = max(len(rows) for _, rows in self.replayed.values())
         limit = pair.budget.limits(np.array([present]))
         last = max(int(pair.policy.recent.of(limit)[0]), pair.policy.least_recent)
@@ -350,6 +386,10 @@ class _Work:
         rows: list[dict[str, object]] = []
         for (layer, kv_head), t in self.totals.items():
             measured = t.masses[p] > 0
+            error = t.error[p] / t.errors[p] if t.errors[p] else None
+            overlap = None
+            if self.ropes is not None:
+                overlap, error = self.rerotated[layer, kv_head].means(p)
             rows.append(
                 {
                     "layer": layer,
@@ -360,7 +400,8 @@ class _Work:
                     "hits": int(t.hits[p]),
                     "misses": int(t.misses[p]),
                     "evictions": int(t.evictions[p]),
-                    "output_error": t.error[p] / t.errors[p] if t.errors[p] else None,
+                    "overlap": overlap,
+                    "output_error": error,
                     "ties": int(t.ties[p]),
                     "bound": t.mean_bound(p),
                 }

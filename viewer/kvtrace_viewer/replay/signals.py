@@ -6,7 +6,6 @@ frequencies. `wo`: the output projections. `score`: a score that was recorded wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace.model import Layer
+from kvtrace.rope import Rope, ropes
 from kvtrace.trace import Trace
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
 EXTRA = ("q_prerope", "wo", "score")
-
-#: Families of transformers that rotate neighbouring dimensions instead of the two halves.
-INTERLEAVED = frozenset(
-    {"blt", "codegen", "cohere", "cohere2", "cohere2_moe", "deepseek_v2", "deepseek_v4"}
-    | {"ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium", "llama4", "moonshine"}
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +53,9 @@ def missing(trace: Trace, layers: Sequence[Layer]) -> dict[str, str]:
     if "score" not in trace.signals:
         found["score"] = "the trace lacks recorded scores (array score)"
     if "q_prerope" not in trace.signals:
-        problem = next((p for p in (_turnable(trace, spec) for spec in layers) if p), None)
+        problem = next(
+            (p for p in (turning(trace, spec) for spec in layers) if isinstance(p, str)), None
+        )
         if problem:
             found["q_prerope"] = f"the trace lacks the queries before RoPE, and {problem}"
     return found
@@ -117,32 +113,24 @@ def _prerope(trace: Trace, spec: Layer, request: int, q: Floats) -> dict[str, An
     if "q_prerope" in trace.signals:
         before = trace.row_array("q_prerope", spec.layer, request)[: len(q)]
         return {"q_prerope": before, "inv_freq": fitted_frequencies(q, before)}
-    theta = spec.rope_theta
-    if theta is None:
-        raise ValueError("rope_theta is needed; `missing` says where it is not there")
-    inv_freq = theta ** -(np.arange(0, spec.head_dim, 2) / spec.head_dim)
-    before = rotate(q, -np.arange(len(q)), inv_freq).astype(np.float32)
-    return {"q_prerope": before, "inv_freq": inv_freq}
+    rope = turning(trace, spec)
+    if isinstance(rope, str):
+        raise ValueError(f"q cannot be turned back: {rope}; `missing` says so")
+    before = rope.turn(q, -np.arange(len(q))).astype(np.float32)
+    return {"q_prerope": before, "inv_freq": rope.inv_freq}
 
 
-def _turnable(trace: Trace, spec: Layer) -> str | None:
-    """Why q cannot be turned back by its position; None where it can."""
-    if spec.rope_theta is None:
-        return f"layer {spec.layer} has no rope_theta to turn them back by"
-    models = {row["model"]: row["config"] for row in trace.table("models").to_pylist()}
-    text = models[spec.model]
-    config = json.loads(text) if text else {}
-    config = config.get("text_config") or config
-    family = str(config.get("model_type", ""))
-    if family in INTERLEAVED:
-        return f"{family} rotates other pairs of dimensions"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", "default")
-    if kind != "default":
-        return f"its RoPE is scaled ({kind})"
-    if {**config, **rope}.get("partial_rotary_factor") not in (None, 1, 1.0):
+def turning(trace: Trace, spec: Layer) -> Rope | str:
+    """How q is turned by its position, all of it and half by half; or why that is not so."""
+    found = ropes(trace, [spec])
+    if isinstance(found, str):
+        return found
+    rope = found[spec.layer]
+    if rope.is_interleaved:
+        return "it rotates other pairs of dimensions"
+    if rope.width != spec.head_dim:
         return "only a part of the dimensions is rotated"
-    return None
+    return rope
 
 
 def _output_projections(trace: Trace, spec: Layer, request: int) -> Floats:

@@ -79,6 +79,8 @@ def _row(result: Result) -> dict[str, list[object]]:
         "mass_worst",
         "sinks",
         "retained_sinks",
+        "rerotate",
+        "overlap",
         "output_error",
         "ties",
         "bound",

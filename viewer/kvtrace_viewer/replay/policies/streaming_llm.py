@@ -14,8 +14,8 @@ class StreamingLLM(SlidingWindow):
     """Keep the first tokens, which soak up attention, and the last B - sinks.
 
     Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks",
-    arXiv:2309.17453. Deviation: positions stay as recorded, where the paper re-rotates keys to
-    cache positions.
+    arXiv:2309.17453. Deviation: positions stay as recorded, where the paper numbers them within
+    the cache; `--rerotate` does that.
     """
 
     name: ClassVar[str] = "streaming_llm"
