@@ -15,7 +15,7 @@ from pathlib import Path
 import duckdb
 
 from kvtrace import derived, tables
-from kvtrace.layout import DATABASE, JOURNAL, REPLAYS, rank_number
+from kvtrace.layout import DATABASE, JOURNAL, REPLAYS, WHATIFS, rank_number
 from kvtrace.store import StoreReader
 from kvtrace.version import __version__
 
@@ -39,16 +39,22 @@ def replay_stores(trace: Path) -> list[StoreReader]:
 
 
 def replay_parts(trace: Path) -> list[StoreReader]:
-    """The stores of the replays, and of what was found out about each afterwards.
+    """The stores of all results: replays, what was found out about each afterwards, and what-ifs.
 
-    That lies in folders inside the replay's own, so that it goes where the replay is replaced.
+    What was found out lies in folders inside the replay's own, so that it goes where the replay
+    is replaced.
     """
-    found = sorted([*_replay_journals(trace), *trace.glob(f"{REPLAYS}/[!.]*/[!.]*/{JOURNAL}")])
+    inside = trace.glob(f"{REPLAYS}/[!.]*/[!.]*/{JOURNAL}")
+    found = sorted([*_replay_journals(trace), *inside, *_whatif_journals(trace)])
     return [StoreReader(path.parent) for path in found]
 
 
 def _replay_journals(trace: Path) -> list[Path]:
     return list(trace.glob(f"{REPLAYS}/[!.]*/{JOURNAL}"))
+
+
+def _whatif_journals(trace: Path) -> list[Path]:
+    return list(trace.glob(f"{WHATIFS}/[!.]*/{JOURNAL}"))
 
 
 def build(trace: Path) -> None:
@@ -98,8 +104,9 @@ def is_fresh(trace: Path) -> bool:
 
 def _changed_ns(trace: Path) -> int:
     """When the recording, its replays, what is known of one, or what is derived last changed."""
-    replays = [path.parent for path in _replay_journals(trace)]
-    sources = [trace / REPLAYS, *replays, trace / derived.DIRECTORY, *_journals(trace)]
+    results = [path.parent for path in (*_replay_journals(trace), *_whatif_journals(trace))]
+    folders = [trace / REPLAYS, trace / WHATIFS, trace / derived.DIRECTORY]
+    sources = [*folders, *results, *_journals(trace)]
     return max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)
 
 

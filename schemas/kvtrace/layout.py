@@ -13,6 +13,9 @@ SUFFIX = ".kvtrace"
 MANIFEST = "manifest.json"
 DATABASE = "trace.duckdb"
 REPLAYS = "replays"
+#: What would have been on other memory: results that are of blocks, tiers and pools, not of tokens
+#: kept and evicted.
+WHATIFS = "whatifs"
 CACHE = "cache"
 #: Where `kvtrace check --repair` moves what is damaged.
 QUARANTINE = "quarantine"

@@ -388,3 +388,109 @@ COMMENT ON COLUMN certificate_events.layer IS 'The layer.';
 COMMENT ON COLUMN certificate_events.jaccard IS 'Jaccard index of the two kept sets, mean over KV heads.';
 COMMENT ON COLUMN certificate_events.jaccard_worst IS 'The least over KV heads.';
 COMMENT ON COLUMN certificate_events.is_exact IS 'Whether the live set is that of a real run; false where the passes had not settled on it.';
+
+CREATE TABLE tier_runs (
+    tier_run VARCHAR, kind VARCHAR, replay VARCHAR, created_ns BIGINT, hardware VARCHAR,
+    model VARCHAR, options VARCHAR, unit_bytes BIGINT, requests BIGINT, refused BIGINT,
+    compute_ns BIGINT, stall_ns BIGINT, span_ns BIGINT, ttft_mean_ns DOUBLE,
+    recorded_ttft_mean_ns DOUBLE, tokens_per_second DOUBLE, recorded_tokens_per_second DOUBLE,
+    retained_mass DOUBLE, late_mass DOUBLE, lost_mass DOUBLE
+);
+COMMENT ON TABLE tier_runs IS 'One row per workload served from memory tiers by kvtrace tiers.';
+COMMENT ON COLUMN tier_runs.tier_run IS 'Name of its folder under whatifs/.';
+COMMENT ON COLUMN tier_runs.kind IS 'blocks: whole blocks move; tokens: what a replay kept lies in the first tier, what it evicted in the second.';
+COMMENT ON COLUMN tier_runs.replay IS 'The replay that places the tokens; null for blocks.';
+COMMENT ON COLUMN tier_runs.created_ns IS 'When.';
+COMMENT ON COLUMN tier_runs.hardware IS 'The machine.';
+COMMENT ON COLUMN tier_runs.model IS 'The model whose cache it is.';
+COMMENT ON COLUMN tier_runs.options IS 'The rules, as JSON.';
+COMMENT ON COLUMN tier_runs.unit_bytes IS 'Bytes of what moves: a block over all layers; null for tokens, whose slots differ by layer.';
+COMMENT ON COLUMN tier_runs.requests IS 'Requests of the workload.';
+COMMENT ON COLUMN tier_runs.refused IS 'Of them, those that do not fit into the first tier.';
+COMMENT ON COLUMN tier_runs.compute_ns IS 'Computing, all steps.';
+COMMENT ON COLUMN tier_runs.stall_ns IS 'Waiting for transfers, all steps.';
+COMMENT ON COLUMN tier_runs.span_ns IS 'From the first arrival to the end of the last step; for tokens the decode steps with their stalls, waiting between them left out.';
+COMMENT ON COLUMN tier_runs.ttft_mean_ns IS 'Mean time from arrival to first token; null where no prompt is served.';
+COMMENT ON COLUMN tier_runs.recorded_ttft_mean_ns IS 'Mean recorded time to the first token, as view request_latency has it; null of imported workloads.';
+COMMENT ON COLUMN tier_runs.tokens_per_second IS 'Tokens generated, by the span; null where none were.';
+COMMENT ON COLUMN tier_runs.recorded_tokens_per_second IS 'The same of the recorded steps; null of imported workloads.';
+COMMENT ON COLUMN tier_runs.retained_mass IS 'Tokens only: mean share of attention on keys in the first tier, over query heads, layers and decoded rows.';
+COMMENT ON COLUMN tier_runs.late_mass IS 'Tokens only: the same on keys that were fetched for the step.';
+COMMENT ON COLUMN tier_runs.lost_mass IS 'Tokens only: the same on keys in the second tier that were not fetched, none of the query heads needing them.';
+
+CREATE TABLE tier_levels (
+    tier_run VARCHAR, tier INTEGER, name VARCHAR, capacity_bytes BIGINT, read_bandwidth DOUBLE,
+    write_bandwidth DOUBLE, latency_ns BIGINT, source VARCHAR, hits BIGINT, bytes_up BIGINT,
+    bytes_down BIGINT, peak_bytes BIGINT, mean_bytes DOUBLE, cost_per_hour DOUBLE
+);
+COMMENT ON TABLE tier_levels IS 'One row per tier of a tier run: its figures, and what it came to.';
+COMMENT ON COLUMN tier_levels.tier_run IS 'The run.';
+COMMENT ON COLUMN tier_levels.tier IS 'Its number, 0 for the fastest.';
+COMMENT ON COLUMN tier_levels.name IS 'HBM, DRAM, ...';
+COMMENT ON COLUMN tier_levels.capacity_bytes IS 'Bytes that the cache has there; null where not limited.';
+COMMENT ON COLUMN tier_levels.read_bandwidth IS 'Bytes per second out of it, over its link to the tier above; of tier 0 its own.';
+COMMENT ON COLUMN tier_levels.write_bandwidth IS 'Bytes per second into it.';
+COMMENT ON COLUMN tier_levels.latency_ns IS 'Before the first byte of a transfer.';
+COMMENT ON COLUMN tier_levels.source IS 'Where the figures are from.';
+COMMENT ON COLUMN tier_levels.hits IS 'Blocks of prompts that were used from it; for tokens, needed (query, key) pairs.';
+COMMENT ON COLUMN tier_levels.bytes_up IS 'Bytes that crossed its link upwards.';
+COMMENT ON COLUMN tier_levels.bytes_down IS 'Bytes that crossed its link downwards.';
+COMMENT ON COLUMN tier_levels.peak_bytes IS 'Most bytes held after a step.';
+COMMENT ON COLUMN tier_levels.mean_bytes IS 'Mean bytes held after a step.';
+COMMENT ON COLUMN tier_levels.cost_per_hour IS 'Of its capacity, at the price in the hardware file; null where that gives none.';
+
+CREATE TABLE tier_steps (
+    tier_run VARCHAR, step BIGINT, recorded_step BIGINT, phase VARCHAR, request BIGINT,
+    batch_size INTEGER, steps BIGINT, tokens BIGINT, started_ns BIGINT, compute_ns BIGINT,
+    stall_ns BIGINT, retained_mass DOUBLE, late_mass DOUBLE, lost_mass DOUBLE
+);
+COMMENT ON TABLE tier_steps IS 'What each step of a tier run computed, and how long it waited for transfers.';
+COMMENT ON COLUMN tier_steps.tier_run IS 'The run.';
+COMMENT ON COLUMN tier_steps.step IS 'Its number in the run, from 0.';
+COMMENT ON COLUMN tier_steps.recorded_step IS 'The recorded step, for tokens; null otherwise.';
+COMMENT ON COLUMN tier_steps.phase IS 'prefill (one prompt) or decode.';
+COMMENT ON COLUMN tier_steps.request IS 'The request whose prompt it was; null of decode steps.';
+COMMENT ON COLUMN tier_steps.batch_size IS 'Requests that it computed for.';
+COMMENT ON COLUMN tier_steps.steps IS 'Steps that the row stands for: decode steps of one batch follow one another.';
+COMMENT ON COLUMN tier_steps.tokens IS 'Tokens that it computed.';
+COMMENT ON COLUMN tier_steps.started_ns IS 'When it began, on the clock of requests.started_ns.';
+COMMENT ON COLUMN tier_steps.compute_ns IS 'Computing.';
+COMMENT ON COLUMN tier_steps.stall_ns IS 'Waiting for transfers that computing did not hide.';
+COMMENT ON COLUMN tier_steps.retained_mass IS 'Tokens only: mean share of attention on keys in the first tier.';
+COMMENT ON COLUMN tier_steps.late_mass IS 'Tokens only: the same on fetched keys.';
+COMMENT ON COLUMN tier_steps.lost_mass IS 'Tokens only: the same on keys that were left in the second tier.';
+
+CREATE TABLE tier_transfers (
+    tier_run VARCHAR, step BIGINT, tier INTEGER, direction VARCHAR, units BIGINT, bytes BIGINT
+);
+COMMENT ON TABLE tier_transfers IS 'What crossed the links of a tier run, step by step; steps in which nothing did have no row.';
+COMMENT ON COLUMN tier_transfers.tier_run IS 'The run.';
+COMMENT ON COLUMN tier_transfers.step IS 'The step, as tier_steps.step.';
+COMMENT ON COLUMN tier_transfers.tier IS 'The tier below the link.';
+COMMENT ON COLUMN tier_transfers.direction IS 'up or down.';
+COMMENT ON COLUMN tier_transfers.units IS 'Blocks; for tokens, (token, layer, KV head) slots.';
+COMMENT ON COLUMN tier_transfers.bytes IS 'Their bytes.';
+
+CREATE TABLE tier_occupancy (
+    tier_run VARCHAR, step BIGINT, ts_ns BIGINT, tier INTEGER, bytes BIGINT
+);
+COMMENT ON TABLE tier_occupancy IS 'What each tier of a tier run held after each step.';
+COMMENT ON COLUMN tier_occupancy.tier_run IS 'The run.';
+COMMENT ON COLUMN tier_occupancy.step IS 'The step, as tier_steps.step.';
+COMMENT ON COLUMN tier_occupancy.ts_ns IS 'When the step ended, on the clock of requests.started_ns.';
+COMMENT ON COLUMN tier_occupancy.tier IS 'The tier.';
+COMMENT ON COLUMN tier_occupancy.bytes IS 'Bytes held.';
+
+CREATE TABLE tier_tokens (
+    tier_run VARCHAR, request BIGINT, position INTEGER, slots INTEGER, cold_slots INTEGER,
+    first_cold INTEGER, fetches BIGINT, late_mass DOUBLE
+);
+COMMENT ON TABLE tier_tokens IS 'Per token of a tier run of kind tokens: where it came to live, and how often it was fetched back.';
+COMMENT ON COLUMN tier_tokens.tier_run IS 'The run.';
+COMMENT ON COLUMN tier_tokens.request IS 'The request.';
+COMMENT ON COLUMN tier_tokens.position IS 'Position of the token.';
+COMMENT ON COLUMN tier_tokens.slots IS 'Its (layer, KV head) slots.';
+COMMENT ON COLUMN tier_tokens.cold_slots IS 'Of them, those in the second tier at the end.';
+COMMENT ON COLUMN tier_tokens.first_cold IS 'Position of the query after whose row the first of them went there; null where none did.';
+COMMENT ON COLUMN tier_tokens.fetches IS 'Slots fetched for some step, each time counted.';
+COMMENT ON COLUMN tier_tokens.late_mass IS 'Attention paid to it when it had been fetched, summed over query heads, layers and rows.';

@@ -17,7 +17,8 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-#: Tables of replay results and of what was found out about them; all others are the recording's.
+#: Tables of results (replays, what was found out about them, what-ifs); all others are the
+#: recording's.
 REPLAY_TABLES = (
     "replays",
     "replay_steps",
@@ -29,6 +30,12 @@ REPLAY_TABLES = (
     "certificates",
     "certificate_steps",
     "certificate_events",
+    "tier_runs",
+    "tier_levels",
+    "tier_steps",
+    "tier_transfers",
+    "tier_occupancy",
+    "tier_tokens",
 )
 
 #: Tables computed from the arrays; derived.sql also says what made trace.duckdb.

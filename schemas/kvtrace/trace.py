@@ -15,7 +15,7 @@ from kvtrace.clocks import RankClock, rank_clocks
 from kvtrace.errors import InputError, TraceError
 from kvtrace.functions import ArrayFunctions
 from kvtrace.holdings import Holdings, joined
-from kvtrace.layout import REPLAYS
+from kvtrace.layout import REPLAYS, WHATIFS
 from kvtrace.manifest import Manifest, is_trace, read_manifest
 from kvtrace.model import Layer, LayerData, Request
 from kvtrace.places import RowPlaces
@@ -318,6 +318,10 @@ class Trace:
     def replay_directory(self) -> Path:
         """Where replay results of this trace belong."""
         return self.path / REPLAYS
+
+    def whatif_directory(self) -> Path:
+        """Where results about other memory than the recorded one belong, a folder each."""
+        return self.path / WHATIFS
 
 
 def open_trace(path: str | os.PathLike[str], rank: int | None = None) -> Trace:

@@ -13,7 +13,7 @@ from kvtrace.check.report import Problem, Report, Status
 from kvtrace.check.store import StoreCheck
 from kvtrace.check.trace import check, store_folders
 from kvtrace.errors import TraceError
-from kvtrace.layout import DATABASE, JOURNAL, MANIFEST, QUARANTINE, REPLAYS, TABLES
+from kvtrace.layout import DATABASE, JOURNAL, MANIFEST, QUARANTINE, REPLAYS, TABLES, WHATIFS
 from kvtrace.manifest import Manifest
 
 
@@ -109,6 +109,9 @@ def _put_aside(trace: Path, aside: Quarantine, report: Report) -> list[str]:
         if name.startswith(REPLAYS):
             aside.put(folder)
             done.append(f"{name} was put aside; kvtrace replay computes it again")
+        elif name.startswith(WHATIFS):
+            aside.put(folder)
+            done.append(f"{name} was put aside; the command that made it computes it again")
         else:
             done += _rebuild(trace, folder, aside, mine)
     return done

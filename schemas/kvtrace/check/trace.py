@@ -14,7 +14,7 @@ from kvtrace.checksums import FIELD, document_sum
 from kvtrace.console import progress
 from kvtrace.errors import TraceError
 from kvtrace.journal import JournalReader
-from kvtrace.layout import DATABASE, JOURNAL, MANIFEST, REPLAYS
+from kvtrace.layout import DATABASE, JOURNAL, MANIFEST, REPLAYS, WHATIFS
 from kvtrace.manifest import read_manifest
 
 
@@ -43,9 +43,10 @@ def check(path: Path) -> Report:
 
 
 def store_folders(trace: Path) -> list[Path]:
-    """Folders of the ranks and of the replays, also those that have lost their journal."""
+    """Folders of the ranks and of the results, also those that have lost their journal."""
     found = [path for path in sorted(trace.glob("rank-*")) if path.is_dir()]
-    found += [path for path in sorted(trace.glob(f"{REPLAYS}/[!.]*")) if path.is_dir()]
+    for results in (REPLAYS, WHATIFS):
+        found += [path for path in sorted(trace.glob(f"{results}/[!.]*")) if path.is_dir()]
     # What was found out about a replay lies inside it.
     return found + [path.parent for path in sorted(trace.glob(f"{REPLAYS}/[!.]*/[!.]*/{JOURNAL}"))]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -41,6 +41,10 @@ class BlockStream:
         Distinct blocks.
     namespaces : tuple of (str or None)
         Of each request where the source has several; empty where one.
+    request_ids : numpy.ndarray
+        int64 [request], the trace's numbers of the requests; empty where it gives none.
+    output_tokens : numpy.ndarray
+        int64 [request], tokens that were generated; empty where not known.
     source : str
         What the stream was made from, for people.
     notes : tuple of str
@@ -56,6 +60,8 @@ class BlockStream:
     block_size: int
     num_blocks: int
     namespaces: tuple[str | None, ...] = ()
+    request_ids: Counts = field(default_factory=lambda: np.empty(0, np.int64))
+    output_tokens: Counts = field(default_factory=lambda: np.empty(0, np.int64))
     source: str = ""
     notes: tuple[str, ...] = ()
 

@@ -1,10 +1,13 @@
 """Serve a workload's blocks from memory tiers: HBM, DRAM, NVMe, remote.
 
 Which tier serves how much, what crosses each link, and what it does to the time to the first token.
-Prompts are served one after another. `kvtrace tiers calibrate` measures this machine instead, and
-prints a file for --tiers.
+Prompts are served one after another. With --replay, the tokens of a recorded run: what the replay
+kept lies in the first tier, what it evicted in the second, and decode steps fetch what they need.
+`kvtrace tiers calibrate` measures this machine instead, and prints a file for --tiers. Results are
+kept in the trace, tables tier_*.
 
 Examples: kvtrace tiers conversation.kvtrace --tiers h100 --capacity DRAM=256GB --mode write-through
+          kvtrace tiers run.kvtrace --tiers h100 --replay h2o-25pct-step
           kvtrace tiers calibrate > mine.toml
 """
 
@@ -12,21 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.table import Table
 
 import kvtrace
-from kvtrace.console import console, human_bytes
-from kvtrace.errors import InputError
-from kvtrace.sizes import parse_bytes
+from kvtrace.console import progress
+from kvtrace.trace import Trace
+from kvtrace_viewer.commands.tiers_given import COMPUTE, given_hardware, given_model, given_options
+from kvtrace_viewer.commands.tiers_shown import show_blocks, show_tokens
 from kvtrace_viewer.tiers.options import LOADS, MODES
 from kvtrace_viewer.tiers.order import ORDERS
-
-if TYPE_CHECKING:
-    from kvtrace_viewer.tiers import Hardware, ServedModel, TierResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +68,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TIER=SIZE",
         help="another bandwidth a second, both ways: NVMe=3GB; may be given several times",
     )
-    model = parser.add_argument_group("the model (default: Llama-3-8B in 16 bit)")
+    parser.add_argument(
+        "--replay",
+        metavar="ID",
+        help="place the tokens of a recorded run by this stored replay (kvtrace info lists them)",
+    )
+    model = parser.add_argument_group("the model (default: the recorded one, else Llama-3-8B)")
+    model.add_argument(
+        "--model",
+        metavar="NAME|PATH|TRACE",
+        help="another model: a known name, a config.json, a model's directory, a trace",
+    )
+    default, *_ = COMPUTE
+    model.add_argument(
+        "--compute",
+        choices=list(COMPUTE),
+        default=default,
+        help="; ".join(f"{name}: {text}" for name, text in COMPUTE.items())
+        + f" (default: {default})",
+    )
     model.add_argument("--kv-bytes-per-token", metavar="SIZE", help="keys and values, all layers")
     model.add_argument("--parameters", type=float, metavar="N", help="such as 8e9")
     model.add_argument("--layers", type=int, metavar="N", help="attention layers")
@@ -88,121 +103,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay and print, or measure and print."""
-    from kvtrace_viewer.blocks import read_stream
-    from kvtrace_viewer.tiers import Options, read_hardware, replay_tiers
     from kvtrace_viewer.tiers.calibrate import calibrate
 
     if args.trace == "calibrate":
         print(calibrate(args.folder))
         return 0
-    hardware = _changed(read_hardware(args.tiers), args)
-    model = _model(args)
-    options = Options(
-        policy=args.policy,
-        mode=args.mode,
-        load=args.load,
-        overlap=not args.no_overlap,
-        prefetch=args.prefetch,
-    )
-    result = replay_tiers(read_stream(kvtrace.open(args.trace)), hardware, model, options)
+    trace = kvtrace.open(args.trace)
+    if args.replay is not None:
+        return _tokens(trace, args)
+    return _blocks(trace, args)
+
+
+def _blocks(trace: Trace, args: argparse.Namespace) -> int:
+    from kvtrace_viewer.blocks import read_stream
+    from kvtrace_viewer.tiers import replay_tiers
+    from kvtrace_viewer.tiers.recorded import recorded_times
+    from kvtrace_viewer.tiers.storage import store_blocks
+
+    model = given_model(trace, args)
+    result = replay_tiers(read_stream(trace), given_hardware(args), model, given_options(args))
+    times = recorded_times(trace)
+    name = store_blocks(trace, result, model.name, times)
     if args.json:
-        print(json.dumps({"model": model.name, **result.to_json()}, indent=1))
+        told = {"id": name, "model": model.name, **result.to_json(), "recorded": times.to_json()}
+        print(json.dumps(told, indent=1))
     else:
-        _show(model, result)
+        show_blocks(name, model, result, times)
     return 0
 
 
-def _changed(hardware: Hardware, args: argparse.Namespace) -> Hardware:
-    """The machine with what the command line says of it."""
-    for option in ("capacity", "bandwidth"):
-        for text in getattr(args, option):
-            tier, equals, size = text.partition("=")
-            if not equals:
-                raise InputError(
-                    f"--{option} {text!r} has no =; TIER=SIZE was expected; write DRAM=256GB"
-                )
-            if option == "capacity":
-                figure = 0 if size == "0" else parse_bytes(size, f"--capacity {tier}", "256GB")
-                hardware = hardware.with_figure(tier, capacity=figure)
-            else:
-                figure = parse_bytes(size, f"--bandwidth {tier}", "3GB")
-                hardware = hardware.with_figure(tier, read=figure, write=figure)
-    return hardware
+def _tokens(trace: Trace, args: argparse.Namespace) -> int:
+    from kvtrace_viewer.tiers.storage import store_tokens
+    from kvtrace_viewer.tiers.tokens import place_tokens
 
-
-def _model(args: argparse.Namespace) -> ServedModel:
-    """The model that the command line describes; what it leaves out is Llama-3-8B's."""
-    from kvtrace_viewer.tiers import LLAMA_3_8B
-
-    changed: dict[str, int | float | str] = {}
-    if args.kv_bytes_per_token is not None:
-        changed["kv_bytes_per_token"] = parse_bytes(
-            args.kv_bytes_per_token, "--kv-bytes-per-token", "128KiB"
+    with progress("placing tokens") as tell:
+        result = place_tokens(
+            trace, args.replay, given_hardware(args), given_options(args), progress=tell
         )
-    for name in ("parameters", "layers"):
-        if (value := getattr(args, name)) is not None:
-            if not value >= 1 or value == float("inf"):
-                raise InputError(f"--{name} is {value}; at least 1 was expected; write --{name} 32")
-            changed[name] = int(value)
-    if args.prefill_tokens_per_s is not None:
-        if not args.prefill_tokens_per_s > 0:
-            raise InputError(
-                f"--prefill-tokens-per-s is {args.prefill_tokens_per_s}; a number above 0 was"
-                " expected; write --prefill-tokens-per-s 20000"
-            )
-        changed["ns_per_token"] = 1e9 / args.prefill_tokens_per_s
-    if not changed:
-        return LLAMA_3_8B
-    return replace(LLAMA_3_8B, **{"name": "as given", **changed})  # type: ignore[arg-type]
-
-
-def _show(model: ServedModel, result: TierResult) -> None:
-    out = console()
-    found = result.to_json()
-    out.print(
-        f"{found['requests']:,} requests on {found['hardware']}, blocks of"
-        f" {human_bytes(result.block_bytes)} ({model.name})",
-        markup=False,
-    )
-    table = Table("tier")
-    for name in ("blocks", "hits", "moved up", "moved down", "link busy", "peak"):
-        table.add_column(name, justify="right")
-    for tier in found["tiers"]:
-        busy = tier["link_busy"]
-        table.add_row(
-            tier["tier"],
-            f"{tier['capacity_blocks']:,}",
-            f"{tier['hits']:,}",
-            human_bytes(tier["bytes_up"]),
-            human_bytes(tier["bytes_down"]),
-            "-" if busy is None else f"{busy:.1%}",
-            human_bytes(tier["peak_bytes"]),
-        )
-    out.print(table)
-    out.print(
-        f"computed though found: {found['recomputed']:,} blocks; found nowhere:"
-        f" {found['missed']:,}; last copy lost: {found['dropped']:,}"
-    )
-    if found["refused"]:
-        out.print(f"refused, larger than the first tier: {found['refused']:,} requests")
-    if found["ttft_s"]:
-        ttft, stall = found["ttft_s"], found["stall_s"]
-        out.print(
-            f"time to first token: mean {ttft['mean']:.3f} s, p50 {ttft['p50']:.3f},"
-            f" p95 {ttft['p95']:.3f}; stalled {stall['total']:.1f} s of {found['span_s']:.1f} s,"
-            f" computing {found['compute_s']:.1f} s"
-        )
-    _warn(result)
-    for note in found["notes"]:
-        out.print(f"note: {note}", markup=False)
-
-
-def _warn(result: TierResult) -> None:
-    """Say where waiting, not the tiers, makes the times."""
-    arrivals = int(result.arrival_ns[-1] - result.arrival_ns[0]) if len(result.arrival_ns) else 0
-    if result.span_ns > 1.2 * arrivals > 0:
-        console().print(
-            f"note: more comes in than one machine computes: the last first token is"
-            f" {result.span_ns / arrivals:.1f} times as late as the last arrival, and times to the"
-            " first token are mostly waiting; compare computing and stalls instead"
-        )
+    name = store_tokens(trace, result)
+    if args.json:
+        print(json.dumps({"id": name, **result.to_json()}, indent=1))
+    else:
+        show_tokens(name, result)
+    return 0

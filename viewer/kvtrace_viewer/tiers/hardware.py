@@ -10,7 +10,8 @@ from typing import Any
 
 from kvtrace.errors import InputError
 
-_TIER = {"name", "capacity", "read", "write", "latency", "source"}
+_PRICES = {"dollars_per_gb_hour", "price_source"}
+_TIER = {"name", "capacity", "read", "write", "latency", "source"} | _PRICES
 _FILE = {"name", "compute", "tier"}
 
 
@@ -31,6 +32,10 @@ class Tier:
         Seconds that pass before the first byte of a transfer.
     source : str
         Where the figures are from.
+    dollars_per_gb_hour : float or None
+        What 10^9 bytes cost for an hour, where the file gives it.
+    price_source : str
+        Where the price is from.
     """
 
     name: str
@@ -39,6 +44,15 @@ class Tier:
     write: float
     latency: float
     source: str
+    dollars_per_gb_hour: float | None = None
+    price_source: str = ""
+
+    @property
+    def cost_per_hour(self) -> float | None:
+        """Dollars per hour of its capacity; None without a price."""
+        if self.dollars_per_gb_hour is None:
+            return None
+        return self.capacity / 1e9 * self.dollars_per_gb_hour
 
 
 @dataclass(frozen=True)
@@ -145,6 +159,7 @@ def _tier(name: str, number: int, one: dict[str, Any]) -> Tier:
         key: _number(name, f"{where}: {key}", one.get(key, 0), 0 if key == "latency" else 1)
         for key in ("capacity", "read", "write", "latency")
     }
+    price = one.get("dollars_per_gb_hour")
     return Tier(
         str(one["name"]),
         int(figures["capacity"]),
@@ -152,6 +167,8 @@ def _tier(name: str, number: int, one: dict[str, Any]) -> Tier:
         figures["write"],
         figures["latency"],
         str(one.get("source", "not said")),
+        _number(name, f"{where}: dollars_per_gb_hour", price, 0) if price is not None else None,
+        str(one.get("price_source", "")),
     )
 
 

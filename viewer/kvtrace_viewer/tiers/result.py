@@ -35,6 +35,8 @@ class TierResult:
         int64 [request].
     prompt_tokens : numpy.ndarray
         int64 [request].
+    request_ids : numpy.ndarray
+        int64 [request], the trace's numbers of them.
     notes : tuple of str
         What must be known to read it.
     """
@@ -46,6 +48,7 @@ class TierResult:
     ledger: Ledger
     arrival_ns: Longs
     prompt_tokens: Longs
+    request_ids: Longs
     notes: tuple[str, ...] = ()
 
     @property
@@ -89,9 +92,11 @@ class TierResult:
                     "link_busy": _share(up * size / tier.read, span) if number else None,
                     "peak_bytes": int(held.max(initial=0)) * size,
                     "mean_bytes": float(held.mean()) * size if len(held) else 0.0,
+                    "cost_per_hour": tier.cost_per_hour,
                 }
             )
         return {
+            "kind": "blocks",
             "hardware": self.hardware.name,
             **self.options.to_json(),
             "block_bytes": size,
@@ -101,8 +106,8 @@ class TierResult:
             "recomputed": int(ledger.recomputed.sum()),
             "missed": int(ledger.missed.sum()),
             "dropped": int(ledger.dropped.sum()),
-            "ttft_s": _spread(self.ttft_ns),
-            "stall_s": _spread(self.stall_ns),
+            "ttft_s": spread(self.ttft_ns),
+            "stall_s": spread(self.stall_ns),
             "compute_s": float(ledger.work_ns.sum()) / 1e9,
             "span_s": span,
             "prompt_tokens_per_s": _share(float(self.prompt_tokens[self.served].sum()), span),
@@ -114,7 +119,7 @@ def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def _spread(times: Longs) -> dict[str, float] | None:
+def spread(times: Longs) -> dict[str, float] | None:
     """Mean and percentiles in seconds; None of nothing."""
     if not len(times):
         return None

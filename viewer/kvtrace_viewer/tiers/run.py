@@ -27,11 +27,15 @@ class ServedModel:
     kv_bytes_per_token : int
         Keys and values of all layers.
     parameters : int
-        Two floating point operations a token each, and two bytes of the first tier each.
+        Two floating point operations a token each.
     layers : int
         Attention layers.
     ns_per_token : float or None
         Computing of one prompt token where it was measured; None: from the machine's FLOPS.
+    weight_bytes : float
+        Bytes of the first tier that each parameter takes.
+    notes : tuple of str
+        What must be known to read results, for people.
     """
 
     name: str
@@ -39,6 +43,13 @@ class ServedModel:
     parameters: int
     layers: int
     ns_per_token: float | None = None
+    weight_bytes: float = 2.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the parameters."""
+        return int(self.parameters * self.weight_bytes)
 
 
 #: What a workload without a model is replayed for: 8 KV heads of 128, 32 layers, 16 bit.
@@ -110,16 +121,17 @@ def replay_tiers(
         ledger=ledger,
         arrival_ns=stream.arrival_ns,
         prompt_tokens=stream.prompt_tokens,
-        notes=stream.notes,
+        request_ids=stream.request_ids if len(stream.request_ids) else np.arange(stream.requests),
+        notes=(*stream.notes, *model.notes),
     )
 
 
 def _capacities(hardware: Hardware, model: ServedModel, size: int) -> tuple[int, ...]:
-    first = int(hardware.tiers[0].capacity * USABLE) - 2 * model.parameters
+    first = int(hardware.tiers[0].capacity * USABLE) - model.weights
     if first < size:
         raise InputError(
             f"{hardware.tiers[0].name} of {hardware.name} has {hardware.tiers[0].capacity:,} bytes,"
-            f" of which {USABLE:.0%} do not hold the {2 * model.parameters:,} bytes of"
+            f" of which {USABLE:.0%} do not hold the {model.weights:,} bytes of"
             f" {model.name}'s weights and a block of {size:,}; a larger first tier or a smaller"
             " model was expected; give another --tiers, --capacity or --parameters"
         )

@@ -42,7 +42,15 @@ def recorded_stream(trace: Trace, block_size: int | None = None) -> BlockStream 
         begins = size * np.arange(len(contents))
         prompt = min(request.prompt_tokens or 0, len(tokens))
         sequences.append(
-            Sequence(contents, counts, begins >= prompt, request.started_ns or 0, prompt)
+            Sequence(
+                contents,
+                counts,
+                begins >= prompt,
+                request.started_ns or 0,
+                prompt,
+                len(tokens) - prompt,
+                request.request,
+            )
         )
     return stream_of(sequences, size, "tokens of recorded requests")
 

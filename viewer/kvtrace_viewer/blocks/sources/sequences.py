@@ -22,6 +22,10 @@ class Sequence:
         [block]: any numbers that tell blocks apart, tokens in each, whether all are generated.
     arrival_ns, prompt_tokens : int
         When it came, and the tokens of its prompt.
+    output_tokens : int
+        Tokens that were generated and processed.
+    request : int or None
+        The trace's number of it, where it has one.
     """
 
     contents: NDArray[np.int64]
@@ -29,6 +33,8 @@ class Sequence:
     is_output: NDArray[np.bool_]
     arrival_ns: int
     prompt_tokens: int
+    output_tokens: int = 0
+    request: int | None = None
 
 
 def stream_of(
@@ -46,6 +52,10 @@ def stream_of(
         prompt_tokens=np.array([one.prompt_tokens for one in sequences], np.int64),
         block_size=block_size,
         num_blocks=number,
+        request_ids=np.array(
+            [one.request for one in sequences if one.request is not None], np.int64
+        ),
+        output_tokens=np.array([one.output_tokens for one in sequences], np.int64),
         source=source,
         notes=notes,
     )

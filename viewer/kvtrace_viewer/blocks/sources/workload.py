@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow.compute as pc
 
 from kvtrace.trace import Trace
 from kvtrace_viewer.blocks.stream import BlockStream, dense_ids
@@ -29,5 +30,7 @@ def workload_stream(trace: Trace) -> BlockStream | None:
         block_size=int(np.max(requests["block_size"].to_numpy())),
         num_blocks=number,
         namespaces=tuple(names) if any(name is not None for name in names) else (),
+        request_ids=order,
+        output_tokens=pc.fill_null(requests["output_tokens"], 0).to_numpy().astype(np.int64),
         source="imported workload",
     )
