@@ -223,7 +223,7 @@ CREATE TABLE replays (
 );
 COMMENT ON TABLE replays IS 'One row per replayed policy and budget, over all requests, layers and heads.';
 COMMENT ON COLUMN replays.budget IS 'Tokens per KV head (N), or the share of the tokens present (P%).';
-COMMENT ON COLUMN replays.decide_when IS 'When the policy decided: prefill, step, every=N or stream.';
+COMMENT ON COLUMN replays.decide_when IS 'When the policy decided: prefill, step, every=N, stream, chunk=N or chunk (the recorded chunks).';
 COMMENT ON COLUMN replays.created_ns IS 'When the replay ended.';
 COMMENT ON COLUMN replays.mass_p5 IS '5th percentile of retained mass over query heads, layers and measured rows.';
 COMMENT ON COLUMN replays.mass_worst IS 'The least of the same.';

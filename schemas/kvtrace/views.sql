@@ -242,7 +242,7 @@ SELECT
 FROM replays AS r LEFT JOIN bounds AS b USING (budget, decide_when);
 COMMENT ON VIEW replay_compare IS 'Replays side by side: policies of one budget and one moment of decision, ranked by retained mass.';
 COMMENT ON COLUMN replay_compare.budget IS 'Tokens per KV head (N), or the share of the tokens present (P%).';
-COMMENT ON COLUMN replay_compare.decide_when IS 'When the policy decided: prefill, step, every=N or stream.';
+COMMENT ON COLUMN replay_compare.decide_when IS 'When the policy decided: prefill, step, every=N, stream, chunk=N or chunk (the recorded chunks).';
 COMMENT ON COLUMN replay_compare.place IS 'Place among the replays of this budget and moment, 1 retains most.';
 COMMENT ON COLUMN replay_compare.policy IS 'The policy as the user wrote it.';
 COMMENT ON COLUMN replay_compare.replay IS 'The replay''s name.';

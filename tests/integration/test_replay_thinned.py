@@ -102,7 +102,7 @@ def test_what_cannot_be_replayed_is_refused_with_the_reason(full: Trace, tmp_pat
         ("lru", "step", "needs the attention of the whole prompt, and .* the trace kept last=16"),
         ("h2o", "prefill", "and no `received`"),
         ("snapkv", "prefill", "needs the last 64 queries"),
-        ("streaming_llm", "stream", "stream cuts and measures at every token"),
+        ("streaming_llm", "stream", "stream cuts and measures inside the prompt"),
     ]:
         with pytest.raises(InputError, match=reason):
             replay(less, [policy], BUDGETS, when, store=False)

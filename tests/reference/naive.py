@@ -56,6 +56,9 @@ def cut_rows(when: str, tokens: int, prompt: int) -> list[int]:
     """Rows after which there is a cut."""
     if when == "stream":
         return list(range(tokens))
+    if when.startswith("chunk="):
+        size = int(when.removeprefix("chunk="))
+        return [i for i in range(prompt) if (i + 1) % size == 0 or i == prompt - 1]
     if when.startswith("every="):
         step = int(when.removeprefix("every="))
         return [i for i in range(prompt, tokens) if (i - prompt + 1) % step == 0]
@@ -199,9 +202,10 @@ def _cut(running: list[_Head], i: int, limit: int, sinks: int, recent: str, poli
                 one.score.score = {j: float(j in chosen) for j in one.kept}
     for one, allotted in zip(running, limits, strict=True):
         if len(one.kept) > allotted:
+            kept_first = min(first, allotted)
+            kept_last = min(last, allotted - kept_first)
             left = one.score.left(len(one.kept), allotted, i == one.out.cuts[0])
-            kept_first = min(first, left)
-            _cut_head(one, i, left, kept_first, min(last, left - kept_first))
+            _cut_head(one, i, max(left, kept_first + kept_last), kept_first, kept_last)
 
 
 def _cut_head(one: _Head, i: int, limit: int, first: int, last: int) -> None:

@@ -151,7 +151,8 @@ class Expected(Scores):
     def before_cut(self, i: int, kept: list[int], limit: int) -> None:
         head, sinks = self.head, self.options.get("sinks", 4)
         first = min(sinks, max(head["prompt"] - 1, 0))
-        queries = head["q_prerope"][first : max(head["prompt"], first + 1)].astype(np.float64)
+        seen = min(head["prompt"], i + 1)
+        queries = head["q_prerope"][first : max(seen, first + 1)].astype(np.float64)
         size = queries.shape[2]
         turn = np.zeros((size, size))
         future = self.options.get("future", 512)

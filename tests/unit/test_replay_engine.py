@@ -23,7 +23,7 @@ from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.totals import StepTotals
 
 BUDGETS = ["10%", "25%", "60%", "7", "30"]
-WHENS = ["prefill", "step", "every=5", "stream"]
+WHENS = ["prefill", "step", "every=5", "stream", "chunk=11"]
 Specs = dict[str, tuple[str, dict[str, Any], dict[str, Any]]]
 
 SLOW = set(naive_more.MORE_SCORES)

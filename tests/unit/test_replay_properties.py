@@ -20,7 +20,7 @@ from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.measure import Measures, output_errors
 from kvtrace_viewer.replay.totals import HeadTotals, StepTotals
 
-WHENS = ["prefill", "step", "every=3", "stream"]
+WHENS = ["prefill", "step", "every=3", "stream", "chunk=5"]
 SELECTING = sorted(name for name, kind in POLICIES.items() if kind.selects)
 EVICTING = sorted(set(POLICIES) - {"full", *SELECTING})
 PROTECTIONS = st.sampled_from(["", ":sinks=3", ":recent=5", ":sinks=2,recent=30%"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,7 +72,12 @@ def test_rhythms() -> None:
     assert parse_when("step").cuts(10, 6).tolist() == [5, 6, 7, 8, 9]
     assert parse_when("every=3").cuts(13, 6).tolist() == [8, 11]
     assert parse_when("stream").cuts(4, 2).tolist() == [0, 1, 2, 3]
-    for text in ("every=0", "every", "often", "every=x"):
+    assert parse_when("chunk=4").cuts(13, 10).tolist() == [3, 7, 9]
+    assert parse_when("chunk=5").cuts(13, 10).tolist() == [4, 9]
+    assert parse_when("chunk=99").cuts(13, 10).tolist() == [9]
+    assert replace(parse_when("chunk"), chunk_ends=(6, 11, 12)).cuts(13, 10).tolist() == [6, 9]
+    assert [str(parse_when(text)) for text in ("chunk", "chunk=4")] == ["chunk", "chunk=4"]
+    for text in ("every=0", "every", "often", "every=x", "chunk=0", "chunk=x"):
         with pytest.raises(InputError, match="--when step"):
             parse_when(text)
 

@@ -56,6 +56,8 @@ def obstacle(trace: Trace, request: Request, replay: Mapping[str, Any]) -> str |
         return "it is re-rotated, and a live policy would decide from the attention of that"
     if policy.partition(":")[0] in ("oracle", "full"):
         return f"{policy} decides nothing, or from what no running cache knows"
+    if replay["decide_when"] == "chunk":
+        return "it cut by the recorded chunks; a live run is replayed as one (replay chunk=N)"
     held, layers = trace.holdings(request.request), trace.layers_of(request.request)
     if not held.has_all_queries or any(set("qkv") - held.layers[s.layer] for s in layers):
         return "the trace does not hold q, k and v of every row"

@@ -46,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--when",
-        metavar="prefill|step|every=N|stream",
-        help="when to cut: once after the prompt; there and after every decoded token; after "
-        "every N decoded tokens; after every token (default: what the policy's paper does)",
+        metavar="RHYTHM",
+        help="when to cut: prefill (once, after the prompt), step (there and after every decoded "
+        "token), every=N (after every N decoded tokens), stream (after every token), chunk=N (in "
+        "the prompt after every N tokens and its last), chunk (the same, by the chunks in which it "
+        "was prefilled when recorded); default: what the policy's paper does",
     )
     parser.add_argument(
         "--request",

@@ -48,6 +48,7 @@ WHENS = (
     ("prefill", "After prompt"),
     ("step", "Every step"),
     ("stream", "Stream"),
+    ("chunk", "Prefill chunks"),
 )
 
 SHARE = {"function": "kvShare(params.value)"}

@@ -128,8 +128,8 @@ def _query_obstacle(held: Sequence[Holdings], policy: Policy, when: When) -> str
         return "the trace lacks the queries of decoded tokens, which are what is measured"
     texts = ", ".join(dict.fromkeys(one.query_text for one in partial))
     kept = f"of the prompt's queries the trace kept {texts}"
-    if when.kind == "stream":
-        return f"stream cuts and measures at every token of the prompt, and {kept}"
+    if when.in_prompt:
+        return f"{when} cuts and measures inside the prompt, and {kept}"
     needed = policy.prompt_queries
     if needed is None and policy.takes_received:
         layers = layers_held(held)

@@ -38,7 +38,7 @@ class RowByRow(Policy):
         """Score what is held after `row`. Higher = kept."""
 
     def left(self, held: int, limit: int, is_first: bool) -> int:
-        """Tokens that a cut leaves of more than `limit`."""
+        """Tokens that a cut leaves of more than `limit`; the protected ones stay in any case."""
         return limit
 
     def start(self, head: Head, cuts: Cuts) -> list[Any]:
@@ -63,9 +63,9 @@ class RowByRow(Policy):
         for b, limit in enumerate(now.limits[0]):
             held = cache.held_before(row, b)
             if len(held) > limit:
-                limits[0, b] = self.left(len(held), int(limit), is_first)
+                left = self.left(len(held), int(limit), is_first)
+                # A block that is dropped is of what is not protected.
+                limits[0, b] = max(left, now.sinks[0, b] + now.recent[0, b])
                 lines[b, 0, held] = self.score_row(held, row, state[min(b, len(state) - 1)])
         state += [deepcopy(state[0]) for _ in range(budgets - len(state))]
-        sinks = np.minimum(now.sinks, limits)
-        recent = np.minimum(now.recent, limits - sinks)
-        cache.cut(replace(now, limits=limits, sinks=sinks, recent=recent), lines)
+        cache.cut(replace(now, limits=limits), lines)

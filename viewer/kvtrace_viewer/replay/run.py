@@ -88,7 +88,8 @@ def replay(
         Tokens (`128`), a percentage of the tokens present at each decision (`25%`), or a range
         of either (`5%..100%/5%`).
     when : str, optional
-        prefill, step, every=N or stream; what each policy's paper does where left out.
+        prefill, step, every=N, stream, chunk=N or chunk (the prompt's own chunks as recorded);
+        what each policy's paper does where left out.
     requests : sequence of int, optional
         All where left out, of encoder-decoders those of the decoder.
     store : bool
@@ -173,18 +174,6 @@ def _requests(trace: Trace, numbers: Sequence[int] | None) -> list[Request]:
     return [known[n] for n in dict.fromkeys(numbers or cached_requests(trace))]
 
 
-def _runs(pairs: list[Pair]) -> list[Run]:
-    """Neighbouring pairs of one policy share its state: one run."""
-    runs: list[Run] = []
-    previous = ""
-    for pair in pairs:
-        if pair.spec != previous:
-            runs.append(Run(pair.policy, pair.when, []))
-        runs[-1].budgets.append(pair.budget)
-        previous = pair.spec
-    return runs
-
-
 @dataclass
 class _Work:
     """Collects the results of all pairs, request by request and layer by layer."""
@@ -199,6 +188,7 @@ class _Work:
     totals: dict[tuple[int, int], HeadTotals] = field(default_factory=dict)
     rerotated: dict[tuple[int, int], Rerotated] = field(default_factory=dict)
     steps: dict[int, StepTotals] = field(default_factory=dict)
+    rhythms: dict[tuple[When, int], When] = field(default_factory=dict)
     replayed: dict[int, tuple[Request, NDArray[np.int64]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -231,7 +221,7 @@ class _Work:
             self.progress(self.done / (of * len(layers)))
 
         num_layers = self.num_layers(request.model, of_model)
-        runs = _runs(self.pairs)
+        runs = self.runs(request)
         surveys = self.survey(runs, request, layers, num_layers)
         for layer in layers:
             heads = [
@@ -262,6 +252,24 @@ class _Work:
             )
         self.held[request.request] = first_holdings(self.held[request.request], tokens)
         return replace(request, tokens=tokens)
+
+    def runs(self, request: Request) -> list[Run]:
+        """Neighbouring pairs of one policy share its state: one run."""
+        runs: list[Run] = []
+        previous = ""
+        for pair in self.pairs:
+            if pair.spec != previous:
+                runs.append(Run(pair.policy, self.rhythm(pair, request), []))
+            runs[-1].budgets.append(pair.budget)
+            previous = pair.spec
+        return runs
+
+    def rhythm(self, pair: Pair, request: Request) -> When:
+        """When a pair decides in one request."""
+        at = (pair.when, request.request)
+        if at not in self.rhythms:
+            self.rhythms[at] = pair.when.of(self.trace, request.request)
+        return self.rhythms[at]
 
     def heads(self, layer: int, request: Request, num_layers: int) -> list[Head]:
         """The KV heads of one layer, with the signals that some policy declares."""
@@ -343,7 +351,7 @@ class _Work:
             steps=self._steps(p),
             heads=self._heads(p),
             requests={
-                number: ReplayedRequest(rows, _last_cut(pair.when, request, len(rows)))
+                number: ReplayedRequest(rows, _last_cut(self.rhythm(pair, request), request))
                 for number, (request, rows) in self.replayed.items()
             },
             kv_heads=self.kv_heads,
@@ -409,6 +417,6 @@ class _Work:
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def _last_cut(when: When, request: Request, tokens: int) -> int:
-    cuts = when.cuts(tokens, min(request.prompt_tokens, tokens))
-    return int(cuts[-1]) if len(cuts) else tokens - 1
+def _last_cut(when: When, request: Request) -> int:
+    cuts = when.cuts(request.tokens, min(request.prompt_tokens, request.tokens))
+    return int(cuts[-1]) if len(cuts) else request.tokens - 1

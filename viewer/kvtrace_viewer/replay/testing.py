@@ -26,7 +26,7 @@ from kvtrace_viewer.replay.spec import idea, parse_policy
 from kvtrace_viewer.replay.totals import HeadTotals, StepTotals
 from kvtrace_viewer.replay.when import parse_when
 
-WHENS = ("prefill", "step", "every=3", "stream")
+WHENS = ("prefill", "step", "every=3", "stream", "chunk=5")
 BUDGETS = ("25%", "1", "9", "60%")
 TOKENS, PROMPT = 90, 60
 

@@ -16,12 +16,33 @@ from kvtrace_viewer.replay.signals import rotate
 Doubles = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
 class QueryStatistics:
-    """`mean` [query head, head_dim] and `covariance` [query head, head_dim, head_dim]."""
+    """Sums over the prompt's queries after the sinks, as far as they have come.
 
-    mean: Doubles
-    covariance: Doubles
+    Attributes
+    ----------
+    tokens : int
+        Queries from `first` that are counted.
+    sums : float64 [query head, head_dim]
+    products : float64 [query head, head_dim, head_dim]
+    """
+
+    def __init__(self, queries: NDArray[np.float32], first: int) -> None:
+        self._queries = queries
+        self.first, self.tokens = first, 0
+        group, size = queries.shape[1:]
+        self.sums, self.products = np.zeros((group, size)), np.zeros((group, size, size))
+
+    def moments(self, last: int) -> tuple[Doubles, Doubles]:
+        """Mean [query head, head_dim] and covariance of the queries up to `last`."""
+        new = self._queries[self.first + self.tokens : max(last, self.first + 1)]
+        if len(new):
+            queries = new.astype(np.float64).transpose(1, 0, 2)
+            self.sums += queries.sum(axis=1)
+            self.products += queries.transpose(0, 2, 1) @ queries
+            self.tokens += len(new)
+        mean = self.sums / self.tokens
+        return mean, self.products / self.tokens - mean[:, :, None] * mean[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +67,10 @@ class ExpectedAttention(Policy):
     future: int = parameter(512, "positions that queries are expected at", "tokens", 1)
 
     def start(self, head: Head, cuts: Cuts) -> QueryStatistics:
-        """Return the statistics of the prompt's queries."""
+        """Return the statistics of the prompt's queries: none yet."""
         if head.q_prerope is None:
             raise ValueError("q_prerope is declared; the engine checks that it can be had")
-        first = min(self.sinks, max(head.prompt_tokens - 1, 0))
-        last = max(head.prompt_tokens, first + 1)
-        queries = head.q_prerope[first:last].astype(np.float64).transpose(1, 0, 2)
-        mean = queries.mean(axis=1)
-        apart = queries - mean[:, None]
-        return QueryStatistics(mean, apart.transpose(0, 2, 1) @ apart / queries.shape[1])
+        return QueryStatistics(head.q_prerope, min(self.sinks, max(head.prompt_tokens - 1, 0)))
 
     def scores(self, block: Block, cuts: Cuts, state: QueryStatistics) -> Doubles:
         """Return the expected attention; the sinks, which stay, get none."""
@@ -73,8 +89,10 @@ class ExpectedAttention(Policy):
         # The mean of the rotations is itself a matrix: what it makes of the unit vectors.
         unit = np.broadcast_to(np.eye(size), (len(ahead), size, size))
         turn = rotate(unit, ahead, head.inv_freq).mean(axis=0)
-        mean = state.mean @ turn
-        covariance = turn.T @ state.covariance @ turn
+        # A cut inside the prompt does not know the rest of it.
+        mean, covariance = state.moments(min(head.prompt_tokens, row + 1))
+        mean = mean @ turn
+        covariance = turn.T @ covariance @ turn
         keys = head.k[self.sinks : row + 1].astype(np.float64)
         scores = mean @ keys.T * head.scale
         scores += ((keys @ covariance) * keys).sum(axis=2) * (head.scale**2 / 2)
