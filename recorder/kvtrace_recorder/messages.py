@@ -269,6 +269,78 @@ class StepBatch:
         whole = (step for step in self.steps if step.fault is None)
         return sum(sequence.count for step in whole for sequence in step.sequences)
 
+    @property
+    def known_ids(self) -> set[int]:
+        """Token ids of its steps, as far as they are known."""
+        return {x for step in self.steps for x in step.token_ids or ()}
+
+
+@dataclass
+class DecodeSteps:
+    """Consecutive steps of one request, of one token each, in columns: what most steps are.
+
+    Attributes
+    ----------
+    model, request, prompt_tokens : int
+        As in `StepBatch` and `Sequenced`.
+    position : int
+        Of the first step's token.
+    started_ns, duration_ns, token_ids : list of int
+        [step], as in `StepRecord`.
+    slots : int
+        Tokens that every layer of `growth` holds after the first step.
+    growth : sequence of LayerGrowth
+        What each step added to its cache; empty where `events` says what it did.
+    events : list of list of CacheEvent
+        [step], what each did to its cache; empty where that was to grow.
+    layers : list of LayerRows
+        Rows of all steps.
+    """
+
+    model: int
+    request: int
+    prompt_tokens: int
+    position: int
+    started_ns: list[int]
+    duration_ns: list[int]
+    token_ids: list[int]
+    slots: int
+    growth: Sequence[LayerGrowth] = ()
+    events: list[list[CacheEvent]] = field(default_factory=list)
+    layers: list[LayerRows] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the steps."""
+        return len(self.token_ids)
+
+    @property
+    def known_ids(self) -> set[int]:
+        """Token ids of the steps."""
+        return set(self.token_ids)
+
+    def batch(self) -> StepBatch:
+        """The same, a record a step."""
+        steps = [
+            StepRecord(
+                "decode",
+                batch_size=1,
+                num_tokens=1,
+                started_ns=started,
+                duration_ns=duration,
+                sequences=(
+                    Sequenced(self.request, 0, self.position + i, 1, False, self.prompt_tokens),
+                ),
+                token_ids=[token],
+                events=self.events[i] if self.events else [],
+                slots=self.slots + i if self.growth else None,
+            )
+            for i, (started, duration, token) in enumerate(
+                zip(self.started_ns, self.duration_ns, self.token_ids, strict=True)
+            )
+        ]
+        return StepBatch(self.model, steps, self.layers, self.growth)
+
 
 @dataclass(frozen=True)
 class CacheChange:
@@ -363,6 +435,7 @@ Message = (
     ModelInfo
     | Vocabulary
     | StepBatch
+    | DecodeSteps
     | CacheChange
     | Outputs
     | RowlessRequest
@@ -384,6 +457,7 @@ MESSAGES: tuple[type, ...] = (
     LayerGrowth,
     StepRecord,
     StepBatch,
+    DecodeSteps,
     CacheChange,
     Outputs,
     Ended,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from kvtrace.console import human_bytes
 from kvtrace.errors import TraceError
-from kvtrace_recorder.messages import Message, ModelInfo, StepBatch, Vocabulary
+from kvtrace_recorder.messages import DecodeSteps, Message, ModelInfo, StepBatch, Vocabulary
 from kvtrace_recorder.progress import ProgressLine
 from kvtrace_recorder.writer.loop import Status
 from kvtrace_recorder.writer.process import Answer, WriterProcess
@@ -229,11 +229,11 @@ class Pipeline:
     def _send_texts(self, message: Message) -> None:
         if isinstance(message, ModelInfo):
             self._sources[message.key] = message.source
-        if not isinstance(message, StepBatch):
+        if not isinstance(message, StepBatch | DecodeSteps):
             return
         source = self._sources[message.model]
         sent = self._sent_ids.setdefault(source, set())
-        new = {x for step in message.steps for x in step.token_ids or ()} - sent
+        new = message.known_ids - sent
         if new:
             sent |= new
             ids = sorted(new)
@@ -294,7 +294,7 @@ class Pipeline:
 
     def _lose(self, message: Message, slabs: Sequence[Slab]) -> None:
         """Nobody will write this."""
-        if isinstance(message, StepBatch):
+        if isinstance(message, StepBatch | DecodeSteps):
             self.dropped_tokens += message.num_rows
         self._free(slabs)
 

@@ -15,6 +15,7 @@ from kvtrace_recorder.lse import row_lse
 from kvtrace_recorder.messages import (
     CacheChange,
     CacheEvent,
+    DecodeSteps,
     Dormant,
     Ended,
     ForkedRequest,
@@ -79,6 +80,8 @@ class Scribe:
         """Write one message."""
         if isinstance(message, StepBatch):
             self._write_batch(message)
+        elif isinstance(message, DecodeSteps):
+            self._write_batch(message.batch())
         elif isinstance(message, ModelInfo):
             number = self._writer.add_model(**message.columns)
             self._models[message.key] = (number, message.source)

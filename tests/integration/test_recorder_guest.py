@@ -24,6 +24,7 @@ import kvtrace
 from kvtrace.errors import InputError, TraceError
 from kvtrace_recorder import record
 from kvtrace_recorder.session.changes import CacheChanges
+from kvtrace_recorder.session.decode import DecodeRun
 from kvtrace_recorder.session.session import Session
 from kvtrace_recorder.taps import compiled
 
@@ -113,21 +114,21 @@ def test_a_tap_that_raises_goes_silent_and_the_model_goes_on(
 def test_a_tap_that_raises_in_the_middle_keeps_what_came_before(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = Session.attention, [0]
+    original, calls = DecodeRun.saw, [0]
 
-    def fail_later(*args: Any) -> None:
+    def fail_later(*args: Any) -> bool:
         calls[0] += 1
-        if calls[0] > 5:
+        if calls[0] > 3:
             raise ZeroDivisionError("in the tap")
-        original(*args)
+        return original(*args)
 
-    monkeypatch.setattr(Session, "attention", fail_later)
+    monkeypatch.setattr(DecodeRun, "saw", fail_later)
     with record(model, tmp_path / "a.kvtrace"):
         greedy(model)
     trace = kvtrace.open(tmp_path / "a.kvtrace")
-    # Two whole steps of two layers each; the steps themselves are all there.
-    assert (trace.rows, trace.table("steps").num_rows) == (7, 6)
-    assert sum(g["count"] for g in gaps(tmp_path / "a.kvtrace") if g["what"] == "tokens") == 4
+    # Three whole steps, the third the first of a run; the steps themselves are all there.
+    assert (trace.rows, trace.table("steps").num_rows) == (8, 6)
+    assert sum(g["count"] for g in gaps(tmp_path / "a.kvtrace") if g["what"] == "tokens") == 3
 
 
 def test_strict_raises(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,6 @@ def cache_events(
     numbers : mapping of int to int, optional
         Layer numbers by index in the cache; the entry's own where left out.
     """
-    entry.settle_sizes()
     numbers = entry.numbers if numbers is None else numbers
     found = []
     now = time.time_ns()

@@ -40,8 +40,7 @@ class CacheChanges:
         """A cache is about to be changed: what is held of it is copied first."""
         entry = self._book.find(cache)
         if entry is not None:
-            entry.settle_sizes()
-            entry.plan = None
+            entry.settle()
             self._held.flush(entry)
 
     def after(self, cache: Any, method: str, event: str, value: Any) -> None:

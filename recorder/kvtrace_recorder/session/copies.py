@@ -68,6 +68,11 @@ class RowChoice:
     slots: Bools | None = None
 
     @classmethod
+    def plain(cls, count: int, slots: int) -> RowChoice:
+        """All rows of some steps of one sequence, which has filled so many slots after them."""
+        return cls(count, None, count, None, np.ones((1, slots), bool))
+
+    @classmethod
     def of(cls, steps: Sequence[ActiveStep]) -> RowChoice:
         """The rows of some steps without a fault."""
         last = steps[-1]

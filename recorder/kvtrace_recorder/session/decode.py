@@ -1,208 +1,311 @@
-"""The next plain decode step of a sequence, known from the last one.
+"""A run of plain decode steps: one token more of one sequence, with nothing else changed.
 
-Nearly every step of a run adds one token to one sequence, with nothing else changed. What the
-general way finds out about such a step is the same each time, and at the speed of a small model
-finding it out costs more than all the rest. So the first such step leaves a plan, and the steps
-after it only check that they fit. Whatever does not fit goes the general way, as does every
-`CHECK_EVERY`th step, and any change of the cache ends the plan.
+Nearly every step is such a one. What the general way finds out about it is the same each time,
+and at the speed of a small model finding it out costs more than all the rest: code that runs once
+a layer finds the caches of the processor full of the model's weights. So the first such step
+leaves a run, the steps after it only check that they fit, and what they are is kept in columns.
+Whatever does not fit goes the general way, as does any change of the cache, and ends the run.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import Any
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import LayerGrowth, Sequenced, StepRecord
-from kvtrace_recorder.session.cache_sizes import growth_of
-from kvtrace_recorder.session.keeping import Keeper, Plan
-from kvtrace_recorder.session.models import ModelState
-from kvtrace_recorder.session.requests import CacheEntry
+from kvtrace_recorder.messages import CacheEvent, DecodeSteps, Sequenced, StepRecord
+from kvtrace_recorder.session.cache_sizes import growth_of, sizes_after
+from kvtrace_recorder.session.copies import LayerParts, Part
+from kvtrace_recorder.session.keeping import Keeper
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.masks import CHECK_EVERY
+
+if TYPE_CHECKING:
+    from kvtrace_recorder.session.held import HeldSteps
 
 _ONE = np.ones((1, 1), bool)
 
 
 @dataclass(slots=True)
-class LayerPlan:
-    """What a layer's attention call of a plain decode step looks like.
+class RunLayer:
+    """An attention call of a plain decode step, and what the steps of a run gave it.
 
     Attributes
     ----------
-    spec : LayerSpec
-        The layer.
-    kept : tuple of bool
-        Whether q, k and v are kept, each whole.
-    is_static : bool
-        Whether k and v are as long as the cache has room, whatever it holds.
+    module : torch.nn.Module
+        The attention layer.
+    taken : Taken or None
+        What was taken of it in the step before the run; None for a layer that is not recorded.
     shape : torch.Size
         Of q.
-    sinks : torch.Tensor or None
-        As in `Taken`.
-    kinds : frozenset of str
-        Likewise.
+    is_static : bool
+        Whether k and v are as long as the cache has room, whatever it holds.
+    is_masked : bool
+        Whether it was given a mask.
+    queries : list of torch.Tensor
+        [step] of [1, q_head, 1, head_dim], not sent yet; empty where queries are not kept.
+    keys, values : torch.Tensor or None
+        As the newest step had them: they have the earlier steps' tokens, too.
     """
 
-    spec: LayerSpec
-    kept: tuple[bool, bool, bool]
-    is_static: bool
+    module: Any
+    taken: Taken | None
     shape: torch.Size
-    sinks: torch.Tensor | None
-    kinds: frozenset[str]
+    is_static: bool
+    is_masked: bool
+    queries: list[torch.Tensor]
+    keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, step: ActiveStep, call: Call, taken: Taken) -> LayerPlan | None:
+    def of(cls, step: ActiveStep, call: Call, taken: Taken | None) -> RunLayer | None:
         """From a call that went the general way; None where the next may look different."""
-        whole = all(
-            mine is None or mine is given
-            for mine, given in ((taken.q, call.q), (taken.k, call.k), (taken.v, call.v))
-        )
-        if not whole or taken.hold is not Hold.KEPT or call.nth or taken.spec.sliding_window:
+        if taken is not None:
+            whole = all(
+                mine is None or mine is given
+                for mine, given in ((taken.q, call.q), (taken.k, call.k), (taken.v, call.v))
+            )
+            same = taken.hold is Hold.KEPT and taken.sums is None and not call.nth
+            if not whole or not same or taken.spec.sliding_window:
+                return None
+        is_static = call.k.shape[2] != step.past + 1
+        return cls(call.module, taken, call.q.shape, is_static, call.mask is not None, [])
+
+    def of_step(self, past: int) -> Taken | None:
+        """What the running step gave, as the general way holds it."""
+        if self.taken is None:
             return None
-        held = call.k.shape[2]
-        kept = (taken.q is not None, taken.k is not None, taken.v is not None)
-        is_static = held != step.past + 1
-        return cls(taken.spec, kept, is_static, call.q.shape, taken.sinks, taken.kinds)
+        was = self.taken
+        q = self.queries.pop() if was.q is not None else None
+        k = None if was.k is None else self.keys
+        v = None if was.v is None else self.values
+        return Taken(was.spec, q, k, v, past, Hold.KEPT, was.sinks, was.kinds)
 
-    def take(self, past: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Taken | None:
-        """The call's rows; None where it does not look as it should."""
-        if q.shape != self.shape or (k.shape[2] != past + 1 and not self.is_static):
+    def parts(self, first: int, steps: int) -> LayerParts | None:
+        """The rows of the first steps, which stand in the cache from `first` on; any thread."""
+        if self.taken is None:
             return None
-        has_q, has_k, has_v = self.kept
-        return Taken(
-            self.spec,
-            q if has_q else None,
-            k if has_k else None,
-            v if has_v else None,
-            past,
-            Hold.KEPT,
-            self.sinks,
-            self.kinds,
-        )
+        found = LayerParts(self.taken.spec, self.taken.sinks, self.taken.kinds, steps=steps)
+        if self.taken.q is not None:
+            # The running step may append meanwhile.
+            some = self.queries[:steps]
+            del self.queries[:steps]
+            found.parts["q"] = [Part(torch.cat(some, dim=2).detach(), 0, steps)]
+        for kind, was, tensor in (
+            ("k", self.taken.k, self.keys),
+            ("v", self.taken.v, self.values),
+        ):
+            if was is not None and tensor is not None:
+                found.parts[kind] = [Part(tensor, first, steps)]
+        return found
 
 
-@dataclass(slots=True)
-class DecodePlan:
-    """What the next plain decode step of a cache looks like.
+class DecodeRun:
+    """Plain decode steps of one cache, one after the other.
 
-    Attributes
+    Parameters
     ----------
-    model : ModelState
-        The model.
-    layers : dict of int to LayerPlan or None
-        By the attention module's id.
-    keeps, kept_bytes
-        As in `ActiveStep`.
-    growth : tuple of LayerGrowth
-        What the step adds to the cache's memory; empty where that is to be looked at.
+    step : ActiveStep
+        The step before, which went the general way and has ended.
+    layers : list of RunLayer
+        Its attention calls in their order; none where no rows are kept.
+    held : HeldSteps
+        Sends what the run holds.
     """
 
-    model: ModelState
-    layers: dict[int, LayerPlan | None] = field(default_factory=dict)
-    keeps: Plan | None = None
-    kept_bytes: int = 0
-    growth: tuple[LayerGrowth, ...] = ()
+    def __init__(self, step: ActiveStep, layers: list[RunLayer], held: HeldSteps) -> None:
+        self.entry, self.model = step.entry, step.model
+        self.module = step.model.module
+        self.cache = weakref.ref(step.cache)
+        self.growth = growth_of(step)
+        self.layers, self._held = layers, held
+        self._state = state = step.entry.requests[0]
+        self._sequence = Sequenced(state.request, 0, state.tokens, 1, False, state.prompt_tokens)
+        record = StepRecord("decode", 1, 1, 0, sequences=(self._sequence,), token_ids=[0])
+        #: The running step: the same each time, since making one costs more than all of this.
+        self.step = ActiveStep(step.model, record, 1, 1, 0, None, step.entry, _ONE, None, run=self)
+        self.step.keeps, self.step.kept_bytes = step.keeps, step.kept_bytes
+        #: Attention calls of the running step so far.
+        self._calls = 0
+        self._checks = False
+        #: Of the steps that are not sent yet; `durations` last, whose length is their number.
+        self.started: list[int] = []
+        self.tokens: list[int] = []
+        self.events: list[list[CacheEvent]] = []
+        self.durations: list[int] = []
+        #: Where the first of those stands: its position, and its slot in the cache.
+        self._position, self._slot = state.tokens, step.entry.slots
+
+    def next(self, cache: Any, inputs: dict[str, Any], keeper: Keeper) -> ActiveStep | None:
+        """The step that a model is called for; None where it must be looked at the general way.
+
+        Parameters
+        ----------
+        cache : transformers Cache
+            The run's, as the model is given it.
+        inputs : dict
+            All that the model is given.
+        keeper : Keeper
+            Says whether the trace has room for as much again.
+        """
+        entry, step, ids = self.entry, self.step, inputs.get("input_ids")
+        past = entry.slots
+        if (
+            ids is None
+            or ids.shape != (1, 1)
+            or cache.get_seq_length() != past
+            or entry.lost is not None
+            or self._state.lost is not None
+            or not _shows(inputs.get("attention_mask"), past)
+            or not keeper.repeat(step.keeps, step.kept_bytes)
+        ):
+            return None
+        step.cache, step.past, step.tap_ns, step.is_sampled = cache, past, 0, None
+        step.record.started_ns = time.time_ns()
+        step.record.token_ids = [ids.item()]
+        self._sequence.position = self._state.tokens
+        self._calls, self._checks = 0, entry.steps % CHECK_EVERY == 1
+        return step
+
+    def saw(
+        self, module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any
+    ) -> bool:
+        """An attention layer has run; False where its call does not look as it should."""
+        if self._calls == len(self.layers):
+            return False
+        layer = self.layers[self._calls]
+        if (
+            module is not layer.module
+            or q.shape != layer.shape
+            or (k.shape[2] != self.step.past + 1 and not layer.is_static)
+            or (mask is not None and (self._checks or not layer.is_masked))
+        ):
+            return False
+        if layer.taken is not None:
+            if layer.taken.q is not None:
+                layer.queries.append(q)
+            # Held until the step has ended, the older ones would be the cache a second time.
+            layer.keys, layer.values = k, v
+        self._calls += 1
+        return True
+
+    def ended(self, elapsed_ns: int) -> bool:
+        """The model has returned; False where the step did not do what it should."""
+        entry, step, record, state = self.entry, self.step, self.step.record, self._state
+        slots = step.past + 1
+        if (
+            entry.run is not self
+            or self._calls != len(self.layers)
+            or record.fault is not None
+            or (self.growth and record.events)
+            or step.cache.get_seq_length() != slots
+            or (self._checks and self.growth and growth_of(step) != self.growth)
+        ):
+            return False
+        if not self.growth:
+            self.events.append(record.events + sizes_after(step, step.cache))
+            record.events = []
+        token = record.token_ids[0] if record.token_ids else 0
+        entry.slots, state.last_token = slots, token
+        entry.steps += 1
+        state.tokens += 1
+        # Else it would keep its cache alive.
+        step.cache = None
+        self.started.append(record.started_ns)
+        self.tokens.append(token)
+        self.durations.append(max(0, elapsed_ns - step.tap_ns))
+        return True
+
+    def take(self) -> tuple[DecodeSteps, list[LayerParts], int]:
+        """The steps that are not sent yet, their rows, and the cache's slots after them.
+
+        Any thread, one at a time; the running step goes on meanwhile.
+        """
+        steps = len(self.durations)
+        message = DecodeSteps(
+            self.model.info.key,
+            self._state.request,
+            self._state.prompt_tokens,
+            self._position,
+            self.started[:steps],
+            self.durations[:steps],
+            self.tokens[:steps],
+            self._slot + 1,
+            self.growth,
+            self.events[:steps],
+        )
+        parts = [layer.parts(self._slot, steps) for layer in self.layers]
+        for column in (self.started, self.tokens, self.events, self.durations):
+            del column[:steps]
+        self._position += steps
+        self._slot += steps
+        return message, [one for one in parts if one is not None], self._slot
+
+    def hand_over(self) -> None:
+        """The running step goes on the general way."""
+        step, entry = self.step, self.entry
+        self.end()
+        entry.real = np.concatenate((entry.real, _ONE), axis=1)
+        step.run = None
+        for layer in self.layers[: self._calls]:
+            if (taken := layer.of_step(step.past)) is not None:
+                step.taken[taken.spec.layer] = taken
+
+    def end(self) -> None:
+        """Send what is held; further steps of the cache begin the general way."""
+        entry = self.entry
+        self._held.end_run(self)
+        if entry.run is not self:
+            return
+        entry.run = None
+        missing = entry.slots - entry.real.shape[1]
+        entry.real = np.concatenate((entry.real, np.ones((1, missing), bool)), axis=1)
+        for one in self.growth:
+            entry.sizes[one.layer] = (entry.slots, entry.slots * one.nbytes)
 
 
-def learn(step: ActiveStep, call: Call, taken: Taken) -> None:
-    """Keep what a general step's attention call looked like, where the next may look the same."""
-    if step.length == step.batch == 1 and step.past and step.entry.plan is None:
-        if step.plan is None:
-            step.plan = DecodePlan(step.model)
-        step.plan.layers[id(call.module)] = LayerPlan.of(step, call, taken)
-
-
-def settle_plan(step: ActiveStep, *, has_rows: bool) -> None:
-    """Let the step's plan stand for the next, where the whole step was plain.
+def begin_run(step: ActiveStep, held: HeldSteps, *, has_rows: bool) -> None:
+    """Let what comes after a step be a run, where the step was plain.
 
     Parameters
     ----------
     step : ActiveStep
         A step that has ended.
+    held : HeldSteps
+        Holds steps until they are sent.
     has_rows : bool
-        Whether layers' rows are recorded; else a plan needs none.
+        Whether layers' rows are recorded; else their calls do not matter.
     """
-    plan, entry = step.plan, step.entry
-    if entry.plan is not None:
-        return
-    if not has_rows and step.length == step.batch == 1 and step.past:
-        plan = DecodePlan(step.model)
-    plain = (
-        plan is not None
+    layers = [layer for layer in step.calls if layer is not None] if has_rows else []
+    recorded = sum(layer.taken is not None for layer in layers)
+    if (
+        step.length == step.batch == 1
+        and step.past
+        and step.record.phase == "decode"
         and step.record.fault is None
         and step.record.caveat is None
+        and step.record.token_ids is not None
         and step.keep is None
         and step.half is None
+        and step.cache is not None
         and not step.is_packed
-        and len(plan.layers) == len(step.taken)
-        and None not in plan.layers.values()
-    )
-    if plan is not None and plain:
-        plan.keeps, plan.kept_bytes = step.keeps, step.kept_bytes
-        plan.growth = () if step.cache is None else growth_of(step)
-        entry.plan = plan
-
-
-def next_step(
-    entry: CacheEntry, cache: Any, kwargs: dict[str, Any], keeper: Keeper
-) -> ActiveStep | None:
-    """The step that a model is called for; None where it must be looked at the general way.
-
-    Parameters
-    ----------
-    entry : CacheEntry
-        The cache's, with a plan.
-    cache : transformers Cache
-        As the model is given it.
-    kwargs : dict
-        All that the model is given.
-    keeper : Keeper
-        Says whether the trace has room for as much again.
-    """
-    plan, past, ids = entry.plan, entry.slots, kwargs.get("input_ids")
-    if (
-        plan is None
-        or entry.steps % CHECK_EVERY == 1
-        or entry.reason is not None
-        or ids is None
-        or ids.shape != (1, 1)
-        or cache.get_seq_length() != past
-        or not _shows(kwargs.get("attention_mask"), past)
-        or not keeper.repeat(plan.keeps, plan.kept_bytes)
+        and len(layers) == (len(step.calls) if has_rows else 0)
+        and recorded == len(step.taken)
+        and (bool(recorded) or not has_rows)
     ):
-        return None
-    started = time.time_ns()
-    state = entry.requests[0]
-    entry.real = np.concatenate((entry.real, _ONE), axis=1)
-    sequence = Sequenced(state.request, 0, state.tokens, 1, False, state.prompt_tokens)
-    record = StepRecord("decode", 1, 1, started, sequences=(sequence,), token_ids=[ids.item()])
-    step = ActiveStep(plan.model, record, 1, 1, past, cache, entry, _ONE, None)
-    step.plan = plan
-    step.keeps, step.kept_bytes = plan.keeps, plan.kept_bytes
-    return step
-
-
-def note_growth(step: ActiveStep, cache: Any) -> bool:
-    """Note that a step has grown its cache as planned; False where that is to be looked at."""
-    plan, entry, slots = step.entry.plan, step.entry, step.past + 1
-    if plan is None or step.plan is not plan or not plan.growth:
-        return False
-    if cache.get_seq_length() != slots:
-        return False
-    step.record.slots = entry.grown_to = slots
-    return True
+        step.entry.run = DecodeRun(step, layers, held)
 
 
 def _shows(mask: Any, past: int) -> bool:
     """Whether a mask shows the step's token; as far as is plain to see."""
     if mask is None:
         return True
-    return (
-        isinstance(mask, torch.Tensor) and mask.shape == (1, past + 1) and mask[0, past].item() == 1
-    )
+    if not isinstance(mask, torch.Tensor) or mask.shape != (1, past + 1):
+        return False
+    # torch's own indexing costs three times as much.
+    return bool(mask.numpy()[0, past] == 1 if mask.device.type == "cpu" else mask[0, past] == 1)

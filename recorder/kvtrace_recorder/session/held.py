@@ -7,14 +7,16 @@ to `STEPS` of them are held, for no longer than a tick of the pipeline.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from kvtrace_recorder.messages import LayerGrowth, LayerRows, StepBatch
+from kvtrace_recorder.messages import DecodeSteps, LayerRows, StepBatch
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.copies import LayerParts, RowChoice
+from kvtrace_recorder.session.decode import DecodeRun
 from kvtrace_recorder.session.requests import CacheEntry
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.keep import DTYPES
@@ -22,6 +24,8 @@ from kvtrace_recorder.writer.slabs import Slab
 
 #: Steps of one batch, at most.
 STEPS = 32
+#: For how long the steps of a run are held while the model goes on, and while it does not.
+RUN_NS, IDLE_NS = 150_000_000, 200_000_000
 
 
 class Held:
@@ -31,7 +35,6 @@ class Held:
         self.steps: list[ActiveStep] = []
         self.layers: dict[int, LayerParts] = {}
         self._first = first
-        self.growth: tuple[LayerGrowth, ...] = ()
         self.ticks = 0
 
     def takes(self, step: ActiveStep) -> bool:
@@ -44,15 +47,12 @@ class Held:
             and step.model is first.model
             and step.cache is first.cache
             and step.batch == first.batch
-            and (step.record.slots is None or self.growth in ((), _growth(step)))
             and (step.batch == 1 or step.length == first.length == 1)
         )
 
     def add(self, step: ActiveStep) -> None:
         """Add a step that `takes` accepted."""
         self.steps.append(step)
-        if step.record.slots is not None:
-            self.growth = _growth(step)
         if step.record.fault is not None:
             return
         for number, taken in step.taken.items():
@@ -88,6 +88,7 @@ class HeldSteps:
         self._dtype = DTYPES[dtype]
         self._lock = threading.RLock()
         self._held: dict[int, Held] = {}
+        self._runs: dict[int, DecodeRun] = {}
 
     @property
     def _pipeline(self) -> Pipeline:
@@ -110,6 +111,24 @@ class HeldSteps:
             held.add(step)
             if len(held.steps) == STEPS:
                 self._flush(key)
+
+    def ended(self, run: DecodeRun, now_ns: int) -> None:
+        """A step of a run has ended; what the run holds is sent now and then.
+
+        By the model's thread, as long as it comes by often enough: another one would take the
+        interpreter from it.
+        """
+        if id(run.entry) not in self._runs:
+            with self._lock:
+                self._runs[id(run.entry)] = run
+        if len(run.durations) >= STEPS or now_ns - run.started[0] > RUN_NS:
+            self.flush(run.entry)
+
+    def end_run(self, run: DecodeRun) -> None:
+        """Send what a run holds; no step of it will come."""
+        with self._lock:
+            self.flush(run.entry)
+            self._runs.pop(id(run.entry), None)
 
     def renew(self, step: ActiveStep, taken: Taken) -> None:
         """Let go of the keys and values that a layer had before a small step.
@@ -156,15 +175,20 @@ class HeldSteps:
 
     def _flush(self, key: int) -> None:
         with self._lock:
-            held = self._held.pop(key, None)
+            held, run = self._held.pop(key, None), self._runs.get(key)
             if held is not None:
                 self._send(held)
+            if run is not None and run.durations:
+                self._send_run(run)
+            if run is not None and run.cache() is None:
+                # It holds the newest keys and values that the cache had.
+                del self._runs[key]
 
     def flush_all(self) -> None:
         """Copy and send everything."""
         with self._lock:
-            while self._held:
-                self._send(self._held.pop(next(iter(self._held))))
+            for key in [*self._held, *self._runs]:
+                self._flush(key)
 
     def tick(self) -> None:
         """Copy and send what has been held for a tick; called from another thread."""
@@ -172,14 +196,18 @@ class HeldSteps:
             for held in self._held.values():
                 held.ticks += 1
             due = [key for key, held in self._held.items() if held.ticks > 1]
+            before = time.time_ns() - IDLE_NS
+            for key, run in self._runs.items():
+                started = run.started[:1]
+                if (started and started[0] < before) or run.cache() is None:
+                    due.append(key)
             for key in due:
-                held = self._held.pop(key)
-                _synchronize(held.layers.values())
-                self._send(held)
+                self._synchronize(key)
+                self._flush(key)
 
     def _send(self, held: Held) -> None:
         records = [step.record for step in held.steps]
-        batch = StepBatch(held.steps[0].model.info.key, records, growth=held.growth)
+        batch = StepBatch(held.steps[0].model.info.key, records)
         rows = held.rows
         nbytes = sum(parts.nbytes(rows, self._dtype) for parts in held.layers.values())
         if not rows.count or not nbytes:
@@ -195,10 +223,44 @@ class HeldSteps:
             batch.layers = [x.copy(slab, rows, self._dtype) for x in held.layers.values()]
         self._put(batch, [slab])
 
+    def _send_run(self, run: DecodeRun) -> None:
+        message, layers, slots = run.take()
+        rows = RowChoice.plain(message.num_rows, slots)
+        nbytes = sum(parts.nbytes(rows, self._dtype) for parts in layers)
+        if not nbytes:
+            message.layers = [LayerRows(x.spec) for x in layers]
+            self._pipeline.put(message)
+            return
+        slab = self._pipeline.reserve(nbytes)
+        if slab is None:
+            self._refuse_run(run, message)
+            return
+        with torch.no_grad():
+            message.layers = [x.copy(slab, rows, self._dtype) for x in layers]
+        self._pipeline.put(message, [slab])
+
+    def _refuse_run(self, run: DecodeRun, message: DecodeSteps) -> None:
+        reason, batch = self._pipeline.refusal, message.batch()
+        self._pipeline.dropped_tokens += message.num_rows
+        for record in batch.steps:
+            record.fault = reason
+        run.entry.lose(reason)
+        self._pipeline.put(batch)
+
     def _put(self, batch: StepBatch, slabs: list[Slab]) -> None:
         if not batch.num_rows:
             batch.layers = []
         self._pipeline.put(batch, slabs)
+
+    def _synchronize(self, key: int) -> None:
+        # The model's thread may compute on a stream of its own.
+        held, run = self._held.get(key), self._runs.get(key)
+        tensors: list[Any] = [] if run is None else [layer.keys for layer in run.layers]
+        for parts in () if held is None else held.layers.values():
+            tensors += [part.tensor for kind in parts.parts.values() for part in kind]
+        for device in {tensor.device for tensor in tensors if tensor is not None}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
     def _refuse(self, steps: list[ActiveStep]) -> None:
         reason = self._pipeline.refusal
@@ -209,17 +271,6 @@ class HeldSteps:
             step.entry.lose(reason)
 
 
-def _growth(step: ActiveStep) -> tuple[LayerGrowth, ...]:
-    return () if step.plan is None else step.plan.growth
-
-
 def _key(step: ActiveStep) -> int:
     # Each step of continuous batching has requests, and so an entry, of its own.
     return id(step.model if step.is_packed else step.entry)
-
-
-def _synchronize(layers: Iterable[LayerParts]) -> None:
-    # The model's thread may compute on a stream of its own.
-    tensors: list[Any] = [part.tensor for x in layers for kind in x.parts.values() for part in kind]
-    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
-        torch.cuda.synchronize(device)

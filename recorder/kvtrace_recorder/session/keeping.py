@@ -112,6 +112,8 @@ class Keeper:
     ) -> None:
         self.selection = selection
         kinds = frozenset(DETAIL_ARRAYS[detail]) - {"lse"}
+        #: Whether anything of a row is kept.
+        self.has_rows = bool(kinds)
         # Of events alone nothing could be thinned.
         self._limit = selection.max_bytes if kinds else None
         self.dtype = dtype
@@ -160,11 +162,6 @@ class Keeper:
                     self._spent += nbytes
                     return plan, nbytes
                 self._thin(specs, nbytes, queries)
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether anything of a row is kept."""
-        return bool(self._plans[0].kinds)
 
     def asks(self, layer: int) -> bool:
         """Whether a layer is among those asked for."""

@@ -56,6 +56,11 @@ class ModelState:
         return self._names.get(id(module))
 
     @property
+    def module(self) -> Any:
+        """The model itself, as long as somebody has it."""
+        return self._model()
+
+    @property
     def has_halves(self) -> bool:
         """Whether the model is an encoder-decoder."""
         return bool(self._halves)

@@ -18,10 +18,8 @@ from kvtrace_recorder.messages import CacheChange, Dormant, Ended, ForkedRequest
 from kvtrace_recorder.session.api_request import api_request
 
 if TYPE_CHECKING:
+    from kvtrace_recorder.session.decode import DecodeRun
     from kvtrace_recorder.session.encoders import EncoderRun
-
-if TYPE_CHECKING:
-    from kvtrace_recorder.session.decode import DecodePlan
 
 Bools = NDArray[np.bool_]
 
@@ -100,10 +98,8 @@ class CacheEntry:
         Layer numbers by index in the cache, where they differ.
     encoder : EncoderRun or None
         What their cross attention reads.
-    plan : DecodePlan or None
-        What its next plain decode step looks like.
-    grown_to : int or None
-        Tokens that the layers of the plan's growth hold, where `sizes` does not say so yet.
+    run : DecodeRun or None
+        Its plain decode steps, while there is nothing but such; `sizes` is behind meanwhile.
     """
 
     requests: list[RequestState]
@@ -112,17 +108,14 @@ class CacheEntry:
     lost: str | None = None
     steps: int = 0
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
-    plan: DecodePlan | None = None
+    run: DecodeRun | None = None
     numbers: Mapping[int, int] = field(default_factory=dict)
     encoder: EncoderRun | None = None
-    grown_to: int | None = None
 
-    def settle_sizes(self) -> None:
-        """Bring `sizes` up to what plain decode steps have made of them."""
-        if self.grown_to is not None and self.plan is not None:
-            for one in self.plan.growth:
-                self.sizes[one.layer] = (self.grown_to, self.grown_to * one.nbytes)
-        self.grown_to = None
+    def settle(self) -> None:
+        """End the run of plain decode steps, where there is one: what follows is looked at anew."""
+        if self.run is not None:
+            self.run.end()
 
     def lose(self, reason: str) -> None:
         """Nothing further of these requests can be recorded."""
@@ -176,6 +169,8 @@ class RequestBook:
     def entry_for(self, cache: Any, past: int, batch: int) -> CacheEntry:
         """The entry that a step belongs to, which holds `past` slots in `cache` (may be None)."""
         entry = self.find(cache)
+        if entry is not None:
+            entry.settle()
         if cache is None or past == 0:
             if entry is not None:
                 self._end(entry)

@@ -21,7 +21,7 @@ from kvtrace_recorder.selection import Selection
 from kvtrace_recorder.session.cache_sizes import find_cache, sizes_after
 from kvtrace_recorder.session.changes import CacheChanges
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
-from kvtrace_recorder.session.decode import learn, next_step, note_growth, settle_plan
+from kvtrace_recorder.session.decode import RunLayer, begin_run
 from kvtrace_recorder.session.encoders import Encoders
 from kvtrace_recorder.session.halves import ENCODER, Halves
 from kvtrace_recorder.session.held import HeldSteps
@@ -32,7 +32,7 @@ from kvtrace_recorder.session.plain import begin_unshaped, shape_step
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
 from kvtrace_recorder.session.samples import OutputSamples
 from kvtrace_recorder.session.sequences import fillers, sequenced
-from kvtrace_recorder.session.step import ActiveStep
+from kvtrace_recorder.session.step import ActiveStep, Taken
 from kvtrace_recorder.session.training import Training
 from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
@@ -41,6 +41,27 @@ from kvtrace_recorder.taps.operands import take_rows
 
 #: Whether a model runs around a call, its step, and that where attention calls are wanted.
 Around = tuple[bool, ActiveStep | None, ActiveStep | None]
+
+
+class Local(threading.local):
+    """What runs in one thread; attributes rather than methods, since taps ask at every call.
+
+    Attributes
+    ----------
+    inside : bool
+        Whether a model runs, recorded or not.
+    step : ActiveStep or None
+        The step that runs.
+    attending : ActiveStep or None
+        The same where its attention calls are wanted.
+    prompts : list of int or None
+        Tokens of the prompts that `generate` gives its model in chunks.
+    """
+
+    inside: bool = False
+    step: ActiveStep | None = None
+    attending: ActiveStep | None = None
+    prompts: list[int] | None = None
 
 
 class Session:
@@ -88,7 +109,8 @@ class Session:
         self.samples = OutputSamples(self._put) if verify else None
         self.keeper = Keeper(selection, detail=detail, dtype=dtype, note=self._put)
         self._held = HeldSteps(open_pipeline, dtype)
-        self._local = threading.local()
+        #: What runs in this thread.
+        self.local = Local()
         self._models: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
         self._keys = itertools.count()
         self._book = RequestBook()
@@ -107,23 +129,21 @@ class Session:
     @property
     def current(self) -> ActiveStep | None:
         """The step that runs in this thread."""
-        found: ActiveStep | None = getattr(self._local, "step", None)
-        return found
+        return self.local.step
 
     @property
     def prompts(self) -> list[int] | None:
         """Tokens of the prompts that this thread's `generate` gives its model in chunks."""
-        found: list[int] | None = getattr(self._local, "prompts", None)
-        return found
+        return self.local.prompts
 
     @prompts.setter
     def prompts(self, found: list[int] | None) -> None:
-        self._local.prompts = found
+        self.local.prompts = found
 
     @property
     def is_inside_call(self) -> bool:
         """Whether a model runs in this thread, recorded or not."""
-        return getattr(self._local, "inside", False)
+        return self.local.inside
 
     def begins_step(self, module: Any) -> bool:
         """Whether a call of this model is a step: no model runs around it, or it is a half."""
@@ -134,21 +154,21 @@ class Session:
     @property
     def attending(self) -> ActiveStep | None:
         """The step that runs in this thread, where its attention calls are wanted."""
-        found: ActiveStep | None = getattr(self._local, "attending", None)
-        return found
+        return self.local.attending
 
     def enter_call(self, step: ActiveStep | None) -> Around:
         """A model runs in this thread from here on; None where it is not recorded."""
-        around = (self.is_inside_call, self.current, self.attending)
-        self._local.inside, self._local.step = True, step
+        local = self.local
+        around = (local.inside, local.step, local.attending)
+        local.inside, local.step = True, step
         # Where only events are kept, the first step says what the layers are.
         wanted = step is not None and (self.keeper.has_rows or step.half not in step.model.expected)
-        self._local.attending = step if wanted else None
+        local.attending = step if wanted else None
         return around
 
     def leave_call(self, around: Around) -> None:
         """The model has returned or raised; `around` is what `enter_call` gave."""
-        self._local.inside, self._local.step, self._local.attending = around
+        self.local.inside, self.local.step, self.local.attending = around
 
     def wants(self, module: Any) -> bool:
         """Whether a call of this model begins a step."""
@@ -160,15 +180,15 @@ class Session:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ActiveStep | None:
         """A model is about to run; None where it is none that can be recorded."""
+        step = self._next_of_run(module, args, kwargs)
+        if step is not None:
+            return step
         if not self.is_inside_call:
             self.training.begin_pass(module)
         if not self.training.is_taken:
             return None
         self._note_skipped()
         self._send_ended()
-        step = None if args or self.training.trains else self._next_of_run(kwargs)
-        if step is not None:
-            return step
         half = self.halves.of(module)
         if half is None and self.halves.learn(module):
             # Its halves are steps.
@@ -204,36 +224,30 @@ class Session:
         return step
 
     def attention(self, step: ActiveStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An attention layer has run."""
-        plan = step.entry.plan
-        if plan is not None and len(args) == 5 and step.plan is plan:
-            module, q, k, v, _ = args
-            known = plan.layers.get(id(module))
-            taken = None if known is None else known.take(step.past, q, k, v)
-            if known is not None and taken is not None and known.spec.layer not in step.taken:
-                step.taken[known.spec.layer] = taken
-                self._held.renew(step, taken)
-                return
-        self.attended(step, parse_call(args, kwargs))
+        """An attention function of transformers' interface has run."""
+        call = parse_call(args, kwargs)
+        taken = self.attended(step, call)
+        if step.length == step.batch == 1 and step.past:
+            step.calls.append(RunLayer.of(step, call, taken) if len(args) == 5 else None)
 
-    def attended(self, step: ActiveStep, call: Call) -> None:
-        """An attention layer has run with these operands."""
+    def attended(self, step: ActiveStep, call: Call) -> Taken | None:
+        """An attention layer has run with these operands; gives what is kept of them."""
+        if step.run is not None:
+            step.run.hand_over()
         if step.record.fault is not None:
-            return
+            return None
         try:
             if not step.batch:
                 shape_step(self, step, call)
             taken = take_rows(step, call, self.keeper)
         except UnrecordableError as error:
             step.record.fault = str(error)
-            return
-        if taken is None:
-            return
-        if step.is_large:
+            return None
+        if taken is not None and step.is_large:
             self._held.copy_now(step, taken)
-        else:
-            learn(step, call, taken)
+        elif taken is not None:
             self._held.renew(step, taken)
+        return taken
 
     def returned(self, step: ActiveStep, call: Call, output: Any) -> None:
         """An attention layer has returned this; put aside where it is to be verified."""
@@ -242,6 +256,11 @@ class Session:
 
     def end(self, step: ActiveStep, output: Any, elapsed_ns: int) -> None:
         """The model has returned."""
+        if (run := step.run) is not None:
+            if run.ended(elapsed_ns):
+                self._held.ended(run, step.record.started_ns + elapsed_ns)
+                return
+            run.hand_over()
         record, entry = step.record, step.entry
         record.duration_ns = max(0, elapsed_ns - step.tap_ns)
         cache = step.cache if step.cache is not None else find_cache(output)
@@ -255,20 +274,21 @@ class Session:
             return
         if cache is not None:
             self._book.bind(cache, entry)
-            if not note_growth(step, cache):
-                record.events += self.guard.run("cache sizes", sizes_after, step, cache) or []
+            record.events += self.guard.run("cache sizes", sizes_after, step, cache) or []
         self._encoders.release(entry.encoder, read=record.fault is None)
         if entry.encoder is not None:
             record.fault = record.fault or entry.encoder.lost
         self._submit(step)
-        settle_plan(step, has_rows=self.keeper.has_rows)
         entry.slots = step.past + step.length
         entry.steps += 1
+        begin_run(step, self._held, has_rows=self.keeper.has_rows)
         if cache is None:
             self._book.drop(entry)
 
     def abandon(self, step: ActiveStep) -> None:
         """The model has raised."""
+        if step.run is not None:
+            step.run.hand_over()
         step.record.fault = step.record.fault or "the forward pass raised"
         self._encoders.release(step.entry.encoder, read=False)
         self._submit(step)
@@ -326,13 +346,25 @@ class Session:
             model, record, inputs.batch, inputs.length, inputs.past, inputs.cache, entry, real, keep
         )
 
-    def _next_of_run(self, kwargs: dict[str, Any]) -> ActiveStep | None:
+    def _next_of_run(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> ActiveStep | None:
         cache = kwargs.get("past_key_values")
-        entry = None if cache is None else self._book.find(cache)
-        # The last chunk of a prompt may be a single token, as a decode step is.
-        if entry is None or entry.plan is None or self.guard.silent or self.prompts is not None:
+        entry = self._book.find(cache)
+        run = None if entry is None else entry.run
+        if (
+            run is None
+            or args
+            or run.module is not module
+            or self._book.ended
+            or self.guard.silent
+            # The last chunk of a prompt may be a single token, as a decode step is.
+            or self.local.prompts is not None
+            or self.training.every is not None
+            or (module.training and torch.is_grad_enabled())
+        ):
             return None
-        return next_step(entry, cache, kwargs, self.keeper)
+        return run.next(cache, kwargs, self.keeper)
 
     def _first_sequences(self, real: Bools) -> Bools:
         """The tokens that are kept of a training batch."""

@@ -21,7 +21,7 @@ from kvtrace_recorder.session.requests import Bools, CacheEntry
 from kvtrace_recorder.writer.slabs import Slab
 
 if TYPE_CHECKING:
-    from kvtrace_recorder.session.decode import DecodePlan
+    from kvtrace_recorder.session.decode import DecodeRun, RunLayer
     from kvtrace_recorder.taps.keep import Sums
 
 #: Steps of more rows than this are large.
@@ -124,8 +124,6 @@ class ActiveStep:
         tokens in the step.
     seen_keys : torch.Tensor or None
         [1, kv_head, key, head_dim]: the keys of all of them, as the layer that ran last saw them.
-    in_attention : bool
-        Whether an attention function runs whose call another tap sees.
     attended : Counter
         Calls of each attention module, by id, that were found without an interface.
     masks : dict
@@ -134,8 +132,10 @@ class ActiveStep:
         q, k and v of the last `nn.MultiheadAttention`, [token, batch, heads * head_dim].
     ids : numpy.ndarray or None
         Token ids of a step whose shape is not known yet.
-    plan : DecodePlan or None
-        What the step's attention calls look like; of a general one, what the next one's may.
+    run : DecodeRun or None
+        The plain steps that it is one of.
+    calls : list of RunLayer or None
+        Its attention calls through the interface, as the next step's may be; None where not.
     is_sampled : bool or None
         Whether outputs of its attention are put aside; None before its first call.
     half : str or None
@@ -163,12 +163,12 @@ class ActiveStep:
     is_packed: bool = False
     spans: list[tuple[bool, int, int]] = field(default_factory=list)
     seen_keys: torch.Tensor | None = None
-    in_attention: bool = False
     attended: Counter[int] = field(default_factory=Counter)
     masks: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     projected: Sequence[torch.Tensor] | None = None
     ids: NDArray[np.int64] | None = None
-    plan: DecodePlan | None = None
+    run: DecodeRun | None = None
+    calls: list[RunLayer | None] = field(default_factory=list)
     is_sampled: bool | None = None
     half: str | None = None
     cross_cache: Any = None

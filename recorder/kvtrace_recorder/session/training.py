@@ -18,7 +18,8 @@ class Training:
     """
 
     def __init__(self) -> None:
-        self._every: int | None = None
+        #: Training passes are sampled, one in so many; None: everything is recorded.
+        self.every: int | None = None
         self._sequences: int | None = None
         self._told: int | None = None
         self._taken_at: int | None = None
@@ -38,7 +39,7 @@ class Training:
         for name, number in (("every", every), ("sequences", sequences)):
             if number < 1:
                 raise InputError(f"{name}={number} was given; a number from 1 on was expected")
-        self._every, self._sequences = every, sequences
+        self.every, self._sequences = every, sequences
 
     @property
     def step(self) -> int:
@@ -61,7 +62,7 @@ class Training:
 
         trains = module.training and torch.is_grad_enabled()
         self._local.trains = trains
-        self._local.taken = self._every is None or (trains and self._is_due(self._every))
+        self._local.taken = self.every is None or (trains and self._is_due(self.every))
 
     @property
     def is_taken(self) -> bool:
@@ -83,7 +84,7 @@ class Training:
         count, self._skipped = self._skipped, 0
         if not count:
             return None
-        return Gap("training passes", count, f"sampled: one in {self._every} is recorded")
+        return Gap("training passes", count, f"sampled: one in {self.every} is recorded")
 
     def _is_due(self, every: int) -> bool:
         if self._told is not None:

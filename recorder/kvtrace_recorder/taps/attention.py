@@ -23,13 +23,14 @@ def patches(session: Session) -> list[Patch]:
     Registering an attention function of our own would change how masks are made, and so the
     kernel that runs.
     """
+    local = session.local
 
     def make(original: Any) -> Any:
         def get_interface(self: Any, *args: Any, **kwargs: Any) -> Any:
             function = original(self, *args, **kwargs)
             if torch.compiler.is_dynamo_compiling():
                 return _traced(function)
-            if torch.compiler.is_compiling() or session.attending is None:
+            if local.attending is None or torch.compiler.is_compiling():
                 return function
             return _observed(session, function)
 
@@ -46,21 +47,25 @@ def _traced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _observed(session: Session, function: Callable[..., Any]) -> Callable[..., Any]:
+    local = session.local
+
     def attention(*args: Any, **kwargs: Any) -> Any:
-        step = session.attending
+        step = local.attending
         if step is None:
             return function(*args, **kwargs)
-        step.in_attention = True
+        # What it calls inside is this call: the other taps need not hear it.
+        local.attending = None
         try:
             output = function(*args, **kwargs)
         finally:
-            step.in_attention = False
-        if step is session.current:
+            local.attending = step
+        run = step.run
+        if run is None or len(args) != 5 or not session.guard.run(NAME, run.saw, *args):
             started = time.perf_counter_ns()
             session.guard.run(NAME, session.attention, step, args, kwargs)
-            if session.samples is not None:
-                session.returned(step, parse_call(args, kwargs), output)
             step.tap_ns += time.perf_counter_ns() - started
+        if session.samples is not None:
+            session.returned(step, parse_call(args, kwargs), output)
         return output
 
     return attention

@@ -26,8 +26,8 @@ def listening(session: Session) -> ActiveStep | None:
 
     Calls while autograd runs are those of gradient checkpointing: the step has seen them before.
     """
-    step = session.attending
-    if step is None or step.in_attention or torch._C._current_graph_task_id() >= 0:
+    step = session.local.attending
+    if step is None or torch._C._current_graph_task_id() >= 0:
         return None
     return step
 

@@ -23,11 +23,17 @@ def patches(session: Session) -> list[Patch]:
     At class level rather than by hooks on one model, so that a model nobody named is found at
     its first call; hooks on all modules would put every linear layer on torch's slow call path.
     """
+    local = session.local
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or not _begins(session, self):
+            # What runs inside a step begins none.
+            if (
+                torch.compiler.is_compiling()
+                or local.step is not None
+                or not _begins(session, self)
+            ):
                 return original(self, *args, **kwargs)
             return _observed(session, original, self, args, kwargs)
 

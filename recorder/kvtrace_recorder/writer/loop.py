@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from kvtrace.errors import KvtraceError
 from kvtrace.writer import TraceWriter
-from kvtrace_recorder.messages import Message, StepBatch
+from kvtrace_recorder.messages import DecodeSteps, Message, StepBatch
 from kvtrace_recorder.scribe import Scribe
 
 #: A live reader is this far behind at most, as long as the disk keeps up.
@@ -119,7 +119,9 @@ def _drain(source: Source, scribe: Scribe, status: Callable[[], Status]) -> None
 
 
 def _size(message: Message) -> int:
-    return 1 + (sum(x.nbytes for x in message.layers) if isinstance(message, StepBatch) else 0)
+    if not isinstance(message, StepBatch | DecodeSteps):
+        return 1
+    return 1 + sum(layer.nbytes for layer in message.layers)
 
 
 def _update(status: Status, writer: TraceWriter, scribe: Scribe) -> Status:
