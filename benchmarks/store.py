@@ -291,7 +291,7 @@ def enlarge(prompt: Path, target: Path, gigabytes: float) -> int:
     lines = [decode_line(line) for line in (rank / "journal").read_bytes().splitlines(True)]
     store = StoreReader(rank)
     tables = {name: store.table(name) for name in ("requests", "steps", "rows", "tokens")}
-    stored = sum(s.size for name, s in store.state.files.items() if "/c/" in name)
+    stored = sum(s.size for name, s in store.state.files.items() if "/c." in name)
     prompts = int(gigabytes * 1e9 / stored) + 1
     out = [line for line in lines if line is not None][:-1]
     for number in range(1, prompts):
@@ -322,10 +322,9 @@ def link_shards(rank: Path, kind: str, rows: int, files: dict[str, Any]) -> None
     array = zarr.open_array(folder, mode="r")
     assert array.shards is not None
     for shard in range(1, -(-rows // array.shards[0])):
-        for first in (folder / "c/0").rglob("*"):
-            new = folder / "c" / str(shard) / first.relative_to(folder / "c/0")
-            if first.is_file() and not new.exists():
-                new.parent.mkdir(parents=True, exist_ok=True)
+        for first in folder.glob("c.0.*"):
+            new = folder / first.name.replace("c.0.", f"c.{shard}.", 1)
+            if not new.exists():
                 os.link(first, new)
                 # What a checksum is of is not what is timed.
                 files[new.relative_to(rank).as_posix()] = [first.stat().st_size, "0" * 8]

@@ -18,20 +18,23 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
 
 from kvtrace.checksums import damaged, declaration_sum
+from kvtrace.chunks import COMPRESSORS, TAIL_COMPRESSORS, ChunkEncoder
 from kvtrace.errors import TraceError
-from kvtrace.layout import METADATA
+from kvtrace.files import FileWriter
+from kvtrace.layout import ARRAYS, METADATA
 
 #: zarr-python costs about 0.5 ms per inner chunk, whatever its size; a shard is written as one.
 CHUNK_BYTES = 256 * 1024
 CHUNKS_PER_SHARD = 8
-#: The tail is rewritten at every commit, so its chunks are small.
+#: A tail's last chunk is rewritten at every commit, so it is small: of narrow rows, too.
 TAIL_BYTES = 1024 * 1024
+TAIL_ROWS = 1024
 
-#: What was compressed is what the checksum is of: nothing damaged is ever decompressed.
-COMPRESSORS = (ZstdCodec(level=1), Crc32cCodec())
+#: Names of chunks: "c", and their number along every axis.
+CHUNK_KEYS: ChunkKeyEncodingParams = {"name": "default", "separator": "."}
 
 TAIL = ".tail"
 
@@ -62,9 +65,8 @@ class Geometry:
         lane_bytes = int(np.prod(tail[1:], dtype=np.int64)) * dtype.itemsize
         chunk = _power_of_two(CHUNK_BYTES // max(1, lane_bytes))
         shard = chunk * CHUNKS_PER_SHARD
-        return cls(
-            chunk, shard, min(shard, _power_of_two(TAIL_BYTES // max(1, lane_bytes * tail[0])))
-        )
+        rows = _power_of_two(TAIL_BYTES // max(1, lane_bytes * tail[0]))
+        return cls(chunk, shard, min(shard, rows, TAIL_ROWS))
 
 
 def _power_of_two(number: int) -> int:
@@ -77,7 +79,9 @@ class RowArrayWriter:
     Parameters
     ----------
     group : zarr.Group
-        Where the array and its tail are created.
+        Where the array and its tail are declared.
+    files : FileWriter
+        Writes their chunks, of a folder above the group's.
     name : str
         Name of the array.
     tail : tuple of int
@@ -91,6 +95,7 @@ class RowArrayWriter:
     def __init__(
         self,
         group: zarr.Group,
+        files: FileWriter,
         name: str,
         tail: tuple[int, ...],
         dtype: np.dtype[Any],
@@ -98,13 +103,16 @@ class RowArrayWriter:
     ) -> None:
         self.name, self.tail, self.dtype = name, tail, dtype
         self.geometry = Geometry.of(tail, dtype)
-        self._group = group
+        self._group, self._files = group, files
+        self._encoder = ChunkEncoder(dtype)
+        self._tail_encoder = ChunkEncoder(dtype, tail=True)
+        self._nothing = fill_value(dtype)
         rows, lanes = self.geometry.shard, tail[0]
         common: dict[str, Any] = {
             "dtype": dtype,
-            "fill_value": fill_value(dtype),
-            "compressors": COMPRESSORS,
-            "config": {"write_empty_chunks": False},
+            "fill_value": self._nothing,
+            # One folder for all: three for every shard cost as much as what they hold.
+            "chunk_key_encoding": CHUNK_KEYS,
             # Set later, they would be lost again: a resize writes what the array was made with.
             "attributes": {"axes": axes},
         }
@@ -113,16 +121,25 @@ class RowArrayWriter:
             shape=(rows, *tail),
             shards=(rows, 1, *tail[1:]),
             chunks=(self.geometry.chunk, 1, *tail[1:]),
+            compressors=COMPRESSORS,
             **common,
         )
         self._tail: zarr.Array[Any] | None = group.create_array(
-            tail_name(name), shape=(rows, *tail), chunks=(self.geometry.tail, *tail), **common
+            tail_name(name),
+            shape=(rows, *tail),
+            chunks=(self.geometry.tail, *tail),
+            compressors=TAIL_COMPRESSORS,
+            **common,
         )
         # One open shard a lane; start[lane] is its first row, fill[lane] the rows it holds.
-        self._open = np.full((rows, *tail), fill_value(dtype), dtype)
+        self._open = np.empty((lanes, rows, *tail[1:]), dtype)
         self._start = np.zeros(lanes, np.int64)
         self._fill = np.zeros(lanes, np.int64)
+        # Which of its stretches hold more than the fill value: the others are never written.
+        self._stretch = min(self.geometry.chunk, self.geometry.tail)
+        self._held = np.zeros((lanes, rows // self._stretch), bool)
         self._tailed = 0
+        self._tail_chunks: set[int] = set()
 
     def rows(self, lane: int) -> int:
         """Rows that the lane has received."""
@@ -130,54 +147,48 @@ class RowArrayWriter:
 
     def append(self, lane: int, values: Array) -> None:
         """Add rows `values [n, *tail[1:]]` to a lane; a shard that fills up is written at once."""
-        size = self.geometry.shard
         done = 0
         while done < len(values):
-            fill = int(self._fill[lane])
-            take = min(size - fill, len(values) - done)
-            self._open[fill : fill + take, lane] = values[done : done + take]
-            self._fill[lane] += take
-            done += take
-            if self._fill[lane] == size:
-                self._seal(lane)
+            part = values[done : done + self._room(lane)]
+            self._held[lane, self._stretches(lane, len(part))] = True
+            self._put(lane, len(part), part)
+            done += len(part)
 
     def pad(self, lane: int, rows: int) -> None:
         """Bring a lane to `rows` rows with the fill value: rows of another model."""
-        missing = rows - self.rows(lane)
-        # In shards: a long prompt without its queries would be gigabytes of fill values at once.
-        size = min(max(0, missing), self.geometry.shard)
-        fill = np.full((size, *self.tail[1:]), fill_value(self.dtype), self.dtype)
-        while missing > 0:
-            self.append(lane, fill[:missing])
-            missing -= size
+        while (missing := rows - self.rows(lane)) > 0:
+            self._put(lane, min(missing, self._room(lane)), self._nothing)
 
     def write_tail(self, rows: int) -> None:
         """Make rows [last full shard, rows) readable; every lane must have exactly `rows` rows."""
-        size = self.geometry.shard
+        size, step = self.geometry.shard, self.geometry.tail
         sealed = rows // size * size
-        step = self.geometry.tail
         first = max(sealed, self._tailed // step * step)
         if rows > first and self._tail is not None:
             _reserve(self._tail, rows)
-            self._tail[first:rows] = self._open[first - sealed : rows - sealed]
+            for start in range(first - sealed, rows - sealed, step):
+                self._write_tail_chunk(sealed, start, min(start + step, rows - sealed))
         self._tailed = rows
 
     def drop_tail_before(self, rows: int) -> None:
         """Delete tail chunks of rows that full shards hold; call after the commit that says so."""
         sealed = rows // self.geometry.shard * self.geometry.shard
-        folder = self._folder(tail_name(self.name)) / "c"
-        if sealed and folder.exists():
-            for chunk in folder.iterdir():
-                if (int(chunk.name) + 1) * self.geometry.tail <= sealed:
-                    _remove_tree(chunk)
+        held = {number for number in self._tail_chunks if number * self.geometry.tail < sealed}
+        for number in held:
+            self._files.remove(self._file(tail_name(self.name), number))
+        self._tail_chunks -= held
 
     def finish(self, rows: int) -> None:
         """Write the last, partial shard and cut the array to its length."""
-        sealed = rows // self.geometry.shard * self.geometry.shard
-        _reserve(self._sealed, rows)
-        for lane in range(self.tail[0]):
-            if rows > sealed:
-                self._sealed[sealed:rows, lane] = self._open[: rows - sealed, lane]
+        count = rows % self.geometry.shard
+        if count:
+            _reserve(self._sealed, rows)
+            # A chunk is whole, whatever the array's length.
+            self._open[:, count : -(-count // self.geometry.chunk) * self.geometry.chunk] = (
+                self._nothing
+            )
+            for lane in range(self.tail[0]):
+                self._write_shard(lane)
         self._sealed.resize((rows, *self.tail))
 
     def drop_tail(self) -> None:
@@ -185,29 +196,53 @@ class RowArrayWriter:
         self._tail = None
         del self._group[tail_name(self.name)]
 
-    def _seal(self, lane: int) -> None:
-        start = int(self._start[lane])
-        _reserve(self._sealed, start + self.geometry.shard)
-        self._sealed[start : start + self.geometry.shard, lane] = self._open[:, lane]
-        self._start[lane] += self.geometry.shard
-        self._fill[lane] = 0
+    def _room(self, lane: int) -> int:
+        return self.geometry.shard - int(self._fill[lane])
 
-    def _folder(self, name: str) -> Path:
-        return Path(str(self._group.store.root)) / self._group.path / name  # type: ignore[attr-defined]
+    def _stretches(self, lane: int, count: int) -> slice:
+        """Stretches of the open shard that the lane's next `count` rows lie in."""
+        fill = int(self._fill[lane])
+        return slice(fill // self._stretch, -(-(fill + count) // self._stretch))
+
+    def _put(self, lane: int, count: int, values: Array | float) -> None:
+        fill = int(self._fill[lane])
+        self._open[lane, fill : fill + count] = values
+        self._fill[lane] += count
+        if not self._room(lane):
+            _reserve(self._sealed, self.rows(lane))
+            self._write_shard(lane)
+            self._start[lane] += self.geometry.shard
+            self._fill[lane] = 0
+            self._held[lane] = False
+
+    def _write_shard(self, lane: int) -> None:
+        chunks = self._open[lane].reshape(-1, self.geometry.chunk, *self.tail[1:])
+        held = self._held[lane].reshape(len(chunks), -1).any(axis=1)
+        if held.any():
+            parts = self._encoder.shard(
+                [chunk if wanted else None for chunk, wanted in zip(chunks, held, strict=True)]
+            )
+            number = int(self._start[lane]) // self.geometry.shard
+            self._files.write(self._file(self.name, number, lane), *parts)
+
+    def _write_tail_chunk(self, sealed: int, start: int, stop: int) -> None:
+        """Write rows [start, stop) of the open shards, the first of which is row `sealed`."""
+        if self._held[:, start // self._stretch : -(-stop // self._stretch)].any():
+            chunk = np.full((self.geometry.tail, *self.tail), self._nothing, self.dtype)
+            chunk[: stop - start] = self._open[:, start:stop].swapaxes(0, 1)
+            number = (sealed + start) // self.geometry.tail
+            parts = self._tail_encoder.chunk(chunk)
+            self._files.write(self._file(tail_name(self.name), number), *parts)
+            self._tail_chunks.add(number)
+
+    def _file(self, name: str, number: int, lane: int = 0) -> str:
+        """File of a chunk or shard: of the axes behind the lane there is one."""
+        return f"{ARRAYS}/{name}/c.{number}.{lane}{'.0' * (len(self.tail) - 1)}"
 
 
 def _reserve(array: zarr.Array[Any], rows: int) -> None:
     if rows > array.shape[0]:
         array.resize((max(rows, 2 * array.shape[0]), *array.shape[1:]))
-
-
-def _remove_tree(path: Path) -> None:
-    if path.is_dir():
-        for child in path.iterdir():
-            _remove_tree(child)
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)
 
 
 class RowArrayReader:

@@ -32,9 +32,13 @@ class FileSum(NamedTuple):
 
 def crc32c(data: Any) -> str:
     """CRC-32C of a buffer in eight hex digits."""
+    return f"{extend_sum(0, data):08x}"
+
+
+def extend_sum(crc: int, data: Any) -> int:
+    """CRC-32C of what `crc` is of, with a buffer behind it."""
     # google_crc32c takes no memoryview, but an array over one.
-    found = google_crc32c.value(np.frombuffer(data, np.uint8)) if len(data) else 0
-    return f"{found:08x}"
+    return google_crc32c.extend(crc, np.frombuffer(data, np.uint8)) if len(data) else crc
 
 
 def file_sum(path: Path) -> FileSum:

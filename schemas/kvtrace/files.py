@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,7 @@ from typing import Any, Self
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from kvtrace.checksums import FileSum, crc32c
+from kvtrace.checksums import FileSum, extend_sum
 
 
 class FileWriter:
@@ -37,15 +37,14 @@ class FileWriter:
         # zarr writes the chunks of one call from several threads.
         self._lock = threading.Lock()
 
-    def write(self, name: str, data: Any) -> None:
-        """Write or replace a file: `data` is a buffer."""
-        view = memoryview(data).cast("B")
+    def write(self, name: str, *parts: Any) -> None:
+        """Write or replace a file: buffers that follow each other."""
         path = self.root / name
         temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
         try:
             self._make_folder(path.parent)
             with temporary.open("wb", buffering=0) as file:
-                _write_all(file.fileno(), view)
+                found = _write_all(file.fileno(), parts)
                 if self.durable:
                     os.fsync(file.fileno())
             temporary.replace(path)
@@ -54,7 +53,6 @@ class FileWriter:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        found = FileSum(len(view), crc32c(view))
         with self._lock:
             self.written[name] = found
             self._folders.add(path.parent)
@@ -65,6 +63,12 @@ class FileWriter:
             found = {name: what for name, what in self.written.items() if wanted(name)}
             self.written = {n: s for n, s in self.written.items() if n not in found}
         return found
+
+    def remove(self, name: str) -> None:
+        """Delete a file, which the journal will not list."""
+        (self.root / name).unlink(missing_ok=True)
+        with self._lock:
+            self.written.pop(name, None)
 
     def check(self) -> None:
         """Raise again what kept a file from being written."""
@@ -139,6 +143,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_all(handle: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(handle, view) :]
+def _write_all(handle: int, parts: Sequence[Any]) -> FileSum:
+    size = crc = 0
+    for part in parts:
+        view = memoryview(part).cast("B")
+        size += len(view)
+        crc = extend_sum(crc, view)
+        while view:
+            view = view[os.write(handle, view) :]
+    return FileSum(size, f"{crc:08x}")

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from kvtrace import tables
 from kvtrace.arrays import (
-    COMPRESSORS,
     DAMAGE,
     TAIL,
     RowArrayReader,
@@ -27,6 +26,7 @@ from kvtrace.arrays import (
     tail_name,
 )
 from kvtrace.checksums import damaged, declaration_sum, verify_file
+from kvtrace.chunks import COMPRESSORS
 from kvtrace.errors import TraceError
 from kvtrace.files import ChunkStore, FileWriter, sync
 from kvtrace.journal import JournalReader, JournalState, JournalWriter
@@ -84,7 +84,7 @@ class StoreWriter:
             Comma-separated names of all axes, kept as the array's `axes` attribute.
         """
         self._arrays[name] = RowArrayWriter(
-            self._group, name, tail, np.dtype(dtype), axes.split(",")
+            self._group, self._files, name, tail, np.dtype(dtype), axes.split(",")
         )
         self._undeclared += [name, tail_name(name)]
 
@@ -158,7 +158,8 @@ class StoreWriter:
             return
         self._closed = True
         try:
-            self.commit()
+            self._files.check()
+            self.rows = self._agreed_rows()
             for array in self._arrays.values():
                 array.finish(self.rows)
             for sums in self._sums.values():

@@ -14,7 +14,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from kvtrace.arrays import COMPRESSORS, Geometry, fill_value
+from kvtrace.arrays import CHUNK_KEYS, Geometry, fill_value
+from kvtrace.chunks import COMPRESSORS
 
 Rows = NDArray[np.int64]
 
@@ -53,6 +54,7 @@ class SumArrayWriter:
             dtype=dtype,
             fill_value=fill_value(dtype),
             compressors=COMPRESSORS,
+            chunk_key_encoding=CHUNK_KEYS,
             config={"write_empty_chunks": False},
             attributes={"axes": axes},
         )

@@ -58,15 +58,15 @@ def spoil(path: Path, pattern: str) -> Path:
 @pytest.mark.parametrize(
     ("which", "pattern", "rows", "lost"),
     [
-        ("closed", "rank-00000/arrays.zarr/k/c/1/0/0/0", 42, {"k0"}),
+        ("closed", "rank-00000/arrays.zarr/k/c.1.0.0.0", 42, {"k0"}),
         ("closed", "rank-00000/tables/gaps/*.parquet", 42, set()),
         # The last commit of tokens is gone, and of a damaged journal what the line said.
         ("closed", "rank-00000/tables/tokens/*.parquet", 41, set()),
         ("closed", "rank-00000/journal", 40, set()),
         ("closed", "rank-00000/arrays.zarr/v/zarr.json", 42, {"v0", "v1"}),
-        ("closed", "replays/r1/arrays.zarr/evicted_at/c/0/0/0", 42, set()),
-        ("cut", "rank-00000/arrays.zarr/q.tail/c/*/0/0/0", 42, {"q0", "q1"}),
-        ("cut", "rank-00000/arrays.zarr/q/c/0/1/0/0", 42, {"q1"}),
+        ("closed", "replays/r1/arrays.zarr/evicted_at/c.0.0.0", 42, set()),
+        ("cut", "rank-00000/arrays.zarr/q.tail/c.*.0.0.0", 42, {"q0", "q1"}),
+        ("cut", "rank-00000/arrays.zarr/q/c.0.1.0.0", 42, {"q1"}),
     ],
 )
 def test_what_is_damaged_is_put_aside_and_nothing_else(

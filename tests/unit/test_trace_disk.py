@@ -14,6 +14,7 @@ import kvtrace
 from kvtrace import InputError, TraceError, arrays, files, journal
 from kvtrace.check import check
 from kvtrace.check.report import Status
+from kvtrace.checksums import FileSum
 from kvtrace.cli import main
 from kvtrace.layout import FORMAT_VERSION
 from kvtrace.manifest import Manifest
@@ -56,14 +57,15 @@ def test_what_was_committed_stays_and_nothing_follows_what_is_missing(
     left = writes
     write_all = files._write_all
 
-    def fail(handle: int, view: memoryview) -> None:
+    def fail(handle: int, parts: tuple[bytes, ...]) -> FileSum:
         nonlocal left
         left -= 1
         if left < 0 and not (recovers and left < -1):
             # Half of it gets there.
-            os.write(handle, view[: len(view) // 2])
+            whole = b"".join(parts)
+            os.write(handle, whole[: len(whole) // 2])
             raise OSError(number, os.strerror(number))
-        write_all(handle, view)
+        return write_all(handle, parts)
 
     monkeypatch.setattr(files, "_write_all", fail)
 

@@ -161,8 +161,10 @@ class StoreCheck:
         if kind == TABLES:
             count = len(self.state.segments.get(name, ()))
             return f"rows of table {name}: 1 of its {count} segments"
-        if rest[:1] == ["c"] and len(rest) > 2:
-            return self._lost_rows(name, int(rest[1]), int(rest[2]))
+        # Chunks stood in folders by their number up to kvtrace 0.1.0: c/1/0 is c.1.0 now.
+        chunk = ".".join(rest).split(".")
+        if chunk[0] == "c" and len(chunk) > 2 and not name.endswith(TAIL):
+            return self._lost_rows(name, int(chunk[1]), int(chunk[2]))
         if name.endswith(TAIL):
             return f"rows of array {name.removesuffix(TAIL)} since its last full shard"
         return "" if name == METADATA else f"array {name}"
