@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.kernels import find_needed, subtract, sum_group
+from kvtrace_viewer.replay.kernels import sum_group
+from kvtrace_viewer.replay.softmax import exp_of_rows, find_needed, least_float
 
 BLOCK_ROWS = 64  # 64 rows of every head of a layer stay in the caches of a CPU, a map does not
 
@@ -130,26 +131,20 @@ class Head:
         if self.alibi_slopes is not None:
             distance = np.arange(stop)[None, :] - np.arange(start, stop)[:, None]
             rows += self.alibi_slopes[g] * distance.astype(np.float32)
-        self._hide(rows, start, stop)
+        queries = np.arange(start, stop)
+        if self.window is not None and stop > self.window:
+            rows[np.arange(stop) <= queries[:, None] - self.window] = -np.inf
         if self.lse is None:
-            subtract(rows, rows.max(axis=1))
-            np.exp(rows, out=rows)
+            rows[:, start:][queries > queries[:, None]] = -np.inf
+            exp_of_rows(rows, rows.max(axis=1), start)
             rows /= rows.sum(axis=1, keepdims=True)
         else:
             known = self.has_query[start:stop]
-            subtract(rows, np.where(known, self.lse[start:stop, g], np.float32(np.inf)))
-            np.exp(rows, out=rows)
+            exp_of_rows(rows, np.where(known, self.lse[start:stop, g], np.float32(np.inf)), start)
 
     def attention(self, start: int, stop: int) -> Floats:
         """Return `rows` in memory of their own."""
         return self.rows(start, stop, np.empty(self.group * (stop - start) * stop, np.float32))
-
-    def _hide(self, rows: Floats, start: int, stop: int) -> None:
-        """Scores of keys after the query, or outside its window, become -inf."""
-        queries = np.arange(start, stop)[:, None]
-        rows[:, start:][np.arange(start, stop)[None, :] > queries] = -np.inf
-        if self.window is not None and stop > self.window:
-            rows[np.arange(stop)[None, :] <= queries - self.window] = -np.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,5 +224,6 @@ class Block:
         group, rows, stop = self.attention.shape
         starts = np.empty(rows * group + 1, dtype=np.int64)
         keys = np.empty(group * rows * stop + 1, dtype=np.int32)
-        find_needed(self.attention, self.start, self.needed_share, starts, keys)
+        limits = least_float(self.needed_share / (np.arange(self.start, self.stop) + 1))
+        find_needed(self.attention, self.start, limits, starts, keys)
         return Needed(starts, keys)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.cutting import HELD, cut_lowest, cut_oldest
+from kvtrace_viewer.replay.cutting import cut_lowest, cut_oldest
 from kvtrace_viewer.replay.kernels import NEVER
 
 Longs = NDArray[np.int64]
+Scores = NDArray[np.float32] | NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +54,9 @@ class Cache:
     ----------
     cuts : Cuts
         All decisions over the request.
-    gone : int64 [budget, token]
-        `cutting.GONE` for what was held and is no more, else `cutting.HELD`.
+    barred : int64 or int32 [budget, token]
+        The greatest integer for what was held and is no more, the least for all others; of as
+        many bits as scores have.
     counts : int64 [budget]
         Tokens held, of those that have been in.
     left : int64 [budget]
@@ -69,47 +73,71 @@ class Cache:
         budgets, tokens = evicted_at.shape
         self.cuts = cuts
         self.window = window
-        self.gone = np.full((budgets, tokens), HELD)
+        self.barred = np.full((budgets, tokens), np.iinfo(np.int64).min)
         self.counts = np.zeros(budgets, dtype=np.int64)
         self.left = np.zeros(budgets, dtype=np.int64)
         self._oldest = np.zeros(budgets, dtype=np.int64)
-        self._keys = np.empty(tokens, dtype=np.int64)
         self.joined = 0
         self.evicted_at = evicted_at
         self.ties = np.zeros(budgets, dtype=np.int64)
         evicted_at[:] = left_window(tokens, window)
 
-    def cut(self, cuts: Cuts, scores: NDArray[np.float64]) -> None:
+    def cut(self, cuts: Cuts, scores: Scores) -> None:
         """Evict the lowest scores at each of `cuts`, equal scores the older token first.
 
         Parameters
         ----------
         cuts : Cuts
             Decisions that follow the last ones made.
-        scores : float64 [cut, key] or [budget, cut, key]
+        scores : float32 or float64 [cut, key] or [budget, cut, key]
             Higher = kept. One matrix for all budgets, or one each.
+        """
+        matrices = [scores] if scores.ndim == 2 else scores
+        of_budget = np.zeros(len(self.counts), np.int64)
+        if len(matrices) > 1:
+            of_budget = np.arange(len(matrices))
+        self.cut_by(cuts, matrices, of_budget)
+
+    def cut_by(self, cuts: Cuts, matrices: Iterable[Scores], of_budget: Longs) -> None:
+        """Cut as `cut` does, where some budgets share a matrix of scores.
+
+        Parameters
+        ----------
+        matrices : iterable of float32 or float64 [cut, key]
+            Each is used before the next is asked for.
+        of_budget : int64 [budget]
+            Number of the matrix that each budget has.
         """
         if not len(cuts.rows):
             return
-        if scores.ndim == 2:
-            scores = scores[None]
+        for number, scores in enumerate(matrices):
+            self._cut(cuts, scores, np.flatnonzero(of_budget == number))
+        self.joined = int(cuts.rows[-1]) + 1
+
+    def _cut(self, cuts: Cuts, scores: Scores, budgets: Longs) -> None:
+        # Writable whatever it was: numba compiles once more for arrays that are not.
+        scores = np.require(scores, None, ["C", "W"])
+        integers = np.dtype[Any](np.int32 if scores.dtype == np.float32 else np.int64)
+        least = -(2 ** (8 * integers.itemsize - 1))
+        if self.barred.dtype != integers:
+            self.barred = np.where(self.barred < 0, least, ~least).astype(integers)
         cut_lowest(
-            # Writable whatever it was: numba compiles once more for arrays that are not.
-            np.require(scores, np.float64, ["C", "W"]),
+            scores.view(integers),
+            budgets,
             cuts.rows,
             cuts.limits,
             cuts.sinks,
             cuts.recent,
             self.window or 0,
             self.joined,
-            self.gone,
+            self.barred,
             self.counts,
             self.left,
             self.evicted_at,
             self.ties,
-            self._keys,
+            np.array([least], integers),
+            np.empty(cuts.rows[-1] + 1, integers),
         )
-        self.joined = int(cuts.rows[-1]) + 1
 
     def cut_oldest(self, cuts: Cuts) -> None:
         """Evict the oldest unprotected tokens at each of `cuts`."""
@@ -121,7 +149,7 @@ class Cache:
             cuts.sinks,
             self.window or 0,
             self.joined,
-            self.gone,
+            self.barred,
             self.counts,
             self.left,
             self._oldest,
@@ -135,7 +163,7 @@ class Cache:
 
     def held_before(self, row: int, b: int) -> NDArray[np.int64]:
         """Positions in budget b's cache at the cut after `row`, ascending."""
-        held = np.flatnonzero(self.gone[b, : row + 1] == HELD)
+        held = np.flatnonzero(self.barred[b, : row + 1] < 0)
         return np.asarray(held if self.window is None else held[held > row + 1 - self.window])
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace.errors import InputError
+from kvtrace_viewer.replay.cache import Scores
+from kvtrace_viewer.replay.kernels import has_nan
 
 if TYPE_CHECKING:
     from kvtrace_viewer.replay.policy import Policy
@@ -18,8 +20,8 @@ Shape = tuple[int, ...]
 
 def check_scores(
     policy: Policy, method: str, scores: object, rows: NDArray[np.int64], *shapes: Shape
-) -> NDArray[np.float64]:
-    """Return the scores as float64.
+) -> Scores:
+    """Return the scores as they are if float32, else as float64.
 
     Parameters
     ----------
@@ -43,12 +45,13 @@ def check_scores(
     if found.shape not in shapes:
         text = f"returned scores {list(found.shape)}; {wanted} were expected"
         raise InputError(f"{_where(policy, method)} {text}; return one score for each key")
-    if found.size and np.isnan(found.min()):
+    found = found if found.dtype == np.float32 else found.astype(np.float64, copy=False)
+    if has_nan(found.reshape(-1)):
         *_, key = at = tuple(int(x[0]) for x in np.nonzero(np.isnan(found)))
         row = rows[at[-2] if len(at) > 1 else 0]
         text = f"returned NaN at row {row} for key {key}; a number was expected"
         raise InputError(f"{_where(policy, method)} {text}; give it a score, or -inf")
-    return found.astype(np.float64, copy=False)
+    return found
 
 
 def _where(policy: Policy, method: str) -> str:

@@ -103,7 +103,8 @@ class Composed(Policy):
         state.rows = cuts.rows
         if len(cuts.rows):
             shape = (len(cuts.rows), block.stop)
-            state.lines = check_scores(self.base, "scores", lines, cuts.rows, shape)
+            found = check_scores(self.base, "scores", lines, cuts.rows, shape)
+            state.lines = found.astype(np.float64, copy=False)
 
     def base_scores(
         self, held: Longs, limit: int, row: int, block: Block, state: BaseState

@@ -20,8 +20,17 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def jit_sum(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile as `jit` does, where a sum may be taken in another order, as BLAS does too.
+    """Compile as `jit` does, where sums may be rounded as BLAS rounds them.
 
-    The order is that of the machine's vectors: equal on one machine, to rounding on all.
+    In another order, and product and sum at once: equal on one machine, to rounding on all.
     """
-    return cast(Callable[P, R], njit(nogil=True, cache=True, fastmath={"reassoc"})(function))
+    fastmath = {"reassoc", "contract"}
+    return cast(Callable[P, R], njit(nogil=True, cache=True, fastmath=fastmath)(function))
+
+
+def jit_least(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile as `jit` does, for numbers among which is no NaN, and both zeros are equal.
+
+    Without the promise a minimum is not one instruction.
+    """
+    return cast(Callable[P, R], njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})(function))

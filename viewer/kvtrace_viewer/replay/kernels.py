@@ -9,9 +9,7 @@ from kvtrace_viewer.replay.jit import jit
 
 NEVER = np.int32(2**31 - 1)  # evicted_at of a token still held at the end, inside the engine
 
-LEAST_EXPONENT = np.float32(-80)
-NOTHING = np.float32(-np.inf)
-STRETCH = 64  # keys that are looked at together
+CHUNK = 128  # keys that are looked at together
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -22,60 +20,13 @@ Flags = NDArray[np.bool_]
 
 
 @jit
-def subtract(scores: Floats, totals: Floats) -> None:
-    """Subtract from scores [row, key] what their row totals, ready for exp.
-
-    What would become less than e^-80 becomes 0: it is lost in any sum, and numbers too small to
-    be normal take a processor many times as long wherever they are used.
-    """
-    for r in range(scores.shape[0]):
-        row, total = scores[r], totals[r]
-        for j in range(row.shape[0]):
-            exponent = row[j] - total
-            row[j] = exponent if exponent > LEAST_EXPONENT else NOTHING
-
-
-@jit
-def find_needed(attention: Floats, start: int, share: float, starts: Longs, keys: Ints) -> None:
-    """Write the needed keys, ascending, row by row, and where each (row, query head) begins.
-
-    `starts` [row * group + query head + 1]; `keys` has a place for every key of every row.
-    """
-    group, rows, _ = attention.shape
-    at = 0
-    for r in range(rows):
-        limit = share / (start + r + 1)
-        for g in range(group):
-            starts[r * group + g] = at
-            row = attention[g, r, : start + r + 1]
-            # Most stretches of a real row hold nothing needed: one pass of vectors says so.
-            for first in range(0, row.shape[0], STRETCH):
-                part = row[first : first + STRETCH]
-                if not _reaches(part, np.float32(limit * 0.999999)):
-                    continue
-                for j in range(part.shape[0]):
-                    # Written always, kept when needed: a branch here costs as much as the rest.
-                    keys[at] = first + j
-                    at += part[j] >= limit
-    starts[rows * group] = at
-
-
-@jit
-def _reaches(row: Floats, limit: np.float32) -> bool:
-    found = 0
-    for j in range(row.shape[0]):
-        found += row[j] >= limit
-    return found > 0
-
-
-@jit
 def sum_group(attention: Floats, received: Doubles) -> None:
     """Write received [row, key], the sum over the query heads, each in the same order."""
     group, rows, stop = attention.shape
     for r in range(rows):
         target = received[r]
-        target[:] = 0.0
-        for g in range(group):
+        target[:] = attention[0, r]
+        for g in range(1, group):
             row = attention[g, r]
             for j in range(stop):
                 target[j] += row[j]
@@ -109,10 +60,13 @@ def count_events(evicted_at: Ints, stop: int, first: int, starts: Longs) -> None
     last = first + starts.shape[0] - 3
     starts[:] = 0
     for p in range(evicted_at.shape[0]):
-        line = evicted_at[p]
-        for j in range(stop):
-            if line[j] >= first and line[j] <= last:
-                starts[line[j] - first + 2] += 1
+        for begin in range(0, stop, CHUNK):
+            line = evicted_at[p, begin : min(begin + CHUNK, stop)]
+            if not _is_told(line, first, last):
+                continue
+            for j in range(line.shape[0]):
+                if line[j] >= first and line[j] <= last:
+                    starts[line[j] - first + 2] += 1
     for r in range(2, starts.shape[0]):
         starts[r] += starts[r - 1]
 
@@ -124,13 +78,25 @@ def fill_events(
     """Write pair and key of each event, row by row; starts [row + 2] then begin each row."""
     last = first + starts.shape[0] - 3
     for p in range(evicted_at.shape[0]):
-        line = evicted_at[p]
-        for j in range(stop):
-            if line[j] >= first and line[j] <= last:
-                at = starts[line[j] - first + 1]
-                starts[line[j] - first + 1] = at + 1
-                pairs[at] = p
-                keys[at] = j
+        for begin in range(0, stop, CHUNK):
+            line = evicted_at[p, begin : min(begin + CHUNK, stop)]
+            if not _is_told(line, first, last):
+                continue
+            for j in range(line.shape[0]):
+                if line[j] >= first and line[j] <= last:
+                    at = starts[line[j] - first + 1]
+                    starts[line[j] - first + 1] = at + 1
+                    pairs[at] = p
+                    keys[at] = begin + j
+
+
+@jit
+def _is_told(line: Ints, first: int, last: int) -> bool:
+    """Whether something of a line went after rows first..last: most stretches hold nothing."""
+    found = 0
+    for j in range(line.shape[0]):
+        found += (line[j] >= first) & (line[j] <= last)
+    return found > 0
 
 
 @jit
@@ -251,3 +217,12 @@ def total_masses(
                     sums[p, i] += m
                     worst[p, i] = min(worst[p, i], m)
                     histogram[p, min(round(m * steps), steps)] += 1
+
+
+@jit
+def has_nan(values: Floats | Doubles) -> bool:
+    """Whether one of many numbers is none."""
+    found = 0
+    for j in range(values.shape[0]):
+        found += values[j] != values[j]
+    return found > 0

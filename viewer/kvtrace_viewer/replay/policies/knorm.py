@@ -26,11 +26,11 @@ class KNorm(Policy):
     signals: ClassVar[frozenset[str]] = frozenset({"k"})
     default_when: ClassVar[str] = "prefill"
 
-    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
+    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float32]:
         """[token]: minus the norm."""
         norms = np.linalg.norm(head.k.astype(np.float64), axis=1)
-        return np.asarray(-norms.astype(np.float32).astype(np.float64))
+        return np.asarray(-norms.astype(np.float32))
 
-    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
+    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float32]) -> NDArray[np.float32]:
         """Smaller is higher."""
         return np.broadcast_to(state[: block.stop], (len(cuts.rows), block.stop))

@@ -24,13 +24,13 @@ class LFU(Policy):
 
     name: ClassVar[str] = "lfu"
 
-    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
+    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float32]:
         """[token]: uses."""
-        return np.zeros(head.tokens)
+        return np.zeros(head.tokens, dtype=np.float32)
 
-    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Uses so far."""
-        out = np.empty((len(cuts.rows), block.stop))
+    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Uses so far: whole numbers, exact up to 2^24."""
+        out = np.empty((len(cuts.rows), block.stop), dtype=np.float32)
         needed = block.needed
         _count_uses(
             needed.starts, needed.keys, block.head.group, block.start, cuts.rows, state, out
@@ -45,14 +45,14 @@ def _count_uses(
     group: int,
     start: int,
     cuts: NDArray[np.int64],
-    uses: NDArray[np.float64],
-    out: NDArray[np.float64],
+    uses: NDArray[np.float32],
+    out: NDArray[np.float32],
 ) -> None:
     rows = (len(starts) - 1) // group
     c = 0
     for r in range(rows):
         for at in range(starts[r * group], starts[(r + 1) * group]):
-            uses[keys[at]] += 1.0
+            uses[keys[at]] += np.float32(1)
         if c < len(cuts) and cuts[c] == start + r:
             out[c] = uses[: out.shape[1]]
             c += 1

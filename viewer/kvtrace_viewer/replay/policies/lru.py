@@ -25,13 +25,13 @@ class LRU(Policy):
 
     name: ClassVar[str] = "lru"
 
-    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
+    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float32]:
         """[token]: row of the last use."""
-        return np.arange(head.tokens, dtype=np.float64)
+        return np.arange(head.tokens, dtype=np.float32)
 
-    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Row of the last use."""
-        out = np.empty((len(cuts.rows), block.stop))
+    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Row of the last use: whole numbers, exact up to 2^24."""
+        out = np.empty((len(cuts.rows), block.stop), dtype=np.float32)
         needed = block.needed
         _last_use(needed.starts, needed.keys, block.head.group, block.start, cuts.rows, state, out)
         return out
@@ -44,8 +44,8 @@ def _last_use(
     group: int,
     start: int,
     cuts: NDArray[np.int64],
-    last_use: NDArray[np.float64],
-    out: NDArray[np.float64],
+    last_use: NDArray[np.float32],
+    out: NDArray[np.float32],
 ) -> None:
     rows = (len(starts) - 1) // group
     c = 0

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.block import Block, Head
-from kvtrace_viewer.replay.cache import Cuts
+from kvtrace_viewer.replay.block import BLOCK_ROWS, Block, Head
+from kvtrace_viewer.replay.cache import Cache, Cuts
 from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.policy import Policy, parameter
 
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]
+
+TILE = 1024  # keys whose values at a price stay in a core's first cache for all rows of a block
 
 LEAST_PRICE, HIGHEST_PRICE = 0.01, 40.0
 """In uniform shares. At 0.01 nearly every token is worth its slot, at 40 hardly any is."""
@@ -59,11 +62,15 @@ class Oracle(Policy):
         if len(cuts.rows):
             state.snapshots[block.start] = state.values[:, : block.stop].copy()
         last_cut = state.last_cut[block.start : block.stop]
-        state.free += _sweep(
+        rows = np.arange(block.start, block.stop)
+        seen = last_cut >= 0
+        own = block.received[np.arange(len(rows)), rows]
+        state.free += float(own[seen].cumsum()[-1]) if seen.any() else 0.0
+        _sweep(
             block.received,
             block.start,
             state.prices,
-            np.isin(np.arange(block.start, block.stop), cuts.rows),
+            np.isin(rows, cuts.rows),
             last_cut,
             int(state.cuts.rows[0]),
             state.values,
@@ -79,29 +86,36 @@ class Oracle(Policy):
             paid = (slots * shares[:, None]).cumsum(axis=0)[-1]
             state.paid += np.outer(paid, state.prices)
 
-    def scores(self, block: Block, cuts: Cuts, state: Foresight) -> Doubles:
-        """Values [budget, cut, key] at the price that bounds each budget best."""
+    def decide(self, block: Block, cuts: Cuts, state: Foresight, cache: Cache) -> None:
+        """Cut by the values at the price that bounds each budget best."""
         if not len(cuts.rows):
-            return np.empty((1, 0, block.stop))
-        chosen, of_budget = np.unique(state.duals().argmin(axis=1), return_inverse=True)
-        values = state.snapshots.pop(block.start)[chosen]
-        out = np.empty((len(chosen), len(cuts.rows), block.stop))
+            return
+        chosen, of_budget = state.chosen
+        values = state.snapshots.pop(block.start)
+        cache.cut_by(cuts, (self._values(block, cuts, state, values, k) for k in chosen), of_budget)
+
+    def _values(
+        self, block: Block, cuts: Cuts, state: Foresight, values: Doubles, k: int
+    ) -> Doubles:
+        """Values [cut, key] at price k, in memory that the next call uses again."""
+        shape = (1, len(cuts.rows), block.stop)
+        out: Doubles = state.memory[: len(cuts.rows) * block.stop].reshape(shape)
         _sweep(
             block.received,
             block.start,
-            state.prices[chosen],
+            state.prices[k : k + 1],
             np.isin(np.arange(block.start, block.stop), cuts.rows),
             state.last_cut[block.start : block.stop],
             int(state.cuts.rows[0]),
-            values,
-            np.zeros(len(chosen)),
+            values[k : k + 1],
+            np.zeros(1),
             out,
         )
-        return out[of_budget]
+        return np.asarray(out[0])
 
     def bound(self, state: Foresight) -> Doubles:
         """Most attention any policy can keep in this head, summed over rows and query heads."""
-        least: Doubles = state.free + state.duals().min(axis=1)
+        least: Doubles = state.free + state.duals.min(axis=1)
         return least
 
 
@@ -128,13 +142,24 @@ class Foresight:
         self.paid = np.zeros((cuts.limits.shape[1], len(self.prices)))
         self.free = 0.0
         self.snapshots: dict[int, Doubles] = {}
+        self.memory = np.empty(BLOCK_ROWS * head.tokens)  # new pages cost more than what they hold
         rows = np.arange(head.tokens)
         earlier = np.searchsorted(cuts.rows, rows) - 1
         padded = np.append(cuts.rows, -1)
         self.last_cut = np.where(head.has_query, padded[earlier], -1)
 
+    @cached_property
+    def chosen(self) -> tuple[Longs, Longs]:
+        """The prices that bound some budget best, and which of them is whose."""
+        prices, of_budget = np.unique(self.duals.argmin(axis=1), return_inverse=True)
+        return prices, of_budget
+
+    @cached_property
     def duals(self) -> Doubles:
-        """Bounds [budget, price] on the attention kept to other tokens than a query's own."""
+        """Bounds [budget, price] on the attention kept to other tokens than a query's own.
+
+        Asked once all is seen.
+        """
         first_cut = int(self.cuts.rows[0])
         values = np.sort(self.values[:, : first_cut + 1], axis=1)[:, ::-1]
         best = np.concatenate([np.zeros((len(values), 1)), values.cumsum(axis=1)], axis=1)
@@ -154,33 +179,46 @@ def _sweep(
     values: Doubles,
     worth: Doubles,
     out: Doubles,
-) -> float:
+) -> None:
     """Carry `values` [price, key] from a block's last row to its first.
 
     `out` [price, cut, key] gets the values at each cut unless it has no cuts; to `worth` [price]
-    is added what tokens are worth when they join. Returns the own-token attention.
+    is added what tokens are worth when they join.
     """
-    free = 0.0
-    c = out.shape[1]
-    for r in range(received.shape[0] - 1, -1, -1):
-        row = start + r
-        if is_cut[r]:
-            c -= 1
-            for k in range(prices.shape[0]):
-                for j in range(row + 1):
-                    values[k, j] = max(values[k, j], 0.0)
-                if out.shape[1]:
-                    out[k, c] = 0.0
-                    out[k, c, : row + 1] = values[k, : row + 1]
-        if last_cut[r] >= 0:
-            free += received[r, row]
-            for k in range(prices.shape[0]):
+    rows, stop = received.shape
+    for first in range(0, stop, TILE):
+        last = min(first + TILE, stop)
+        for k in range(prices.shape[0]):
+            line = values[k, first:last]
+            c = out.shape[1]
+            for r in range(rows - 1, max(first - start, 0) - 1, -1):
+                row = start + r
+                joined = min(row + 1, last) - first
+                floor = 0.0 if is_cut[r] else -np.inf
+                c -= is_cut[r]
+                if is_cut[r] and out.shape[1]:
+                    _raise(line[:joined], floor, out[k, c, first : first + joined])
+                pays = min(max(last_cut[r] + 1 - first, 0), joined)
                 price = prices[k] / (row + 1)
-                for j in range(last_cut[r] + 1):
-                    values[k, j] += received[r, j] - price
-                for j in range(last_cut[r] + 1, row):
-                    values[k, j] += received[r, j]
-        if row > first_cut:
-            for k in range(prices.shape[0]):
-                worth[k] += values[k, row]
-    return free
+                shown = received[r, first : first + joined]
+                _pay(line[:pays], floor, shown[:pays], price)
+                if pays < joined:
+                    until = min(row - first, joined)
+                    _raise(line[pays:joined], floor, line[pays:joined])
+                    if last_cut[r] >= 0:
+                        _pay(line[pays:until], -np.inf, shown[pays:until], 0.0)
+                if first <= row < last and row > first_cut:
+                    worth[k] += line[row - first]
+
+
+@jit
+def _pay(line: Doubles, floor: float, received: Doubles, price: float) -> None:
+    for j in range(line.shape[0]):
+        value = line[j] if line[j] > floor else floor
+        line[j] = value + (received[j] - price)
+
+
+@jit
+def _raise(line: Doubles, floor: float, out: Doubles) -> None:
+    for j in range(line.shape[0]):
+        out[j] = line[j] if line[j] > floor else floor
