@@ -226,3 +226,28 @@ def test_without_values_output_error_is_null_and_policies_that_need_them_are_ref
     assert result.retained_mass is not None
     with pytest.raises(InputError, match=r"lagkv cannot be replayed.*lacks v"):
         replay(trace, ["lagkv"], ["25%"])
+
+
+def test_policies_can_be_listed(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["replay", "--list", "--json"]) == 0
+    rows = {row["policy"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(POLICIES) <= set(rows)
+    assert rows["lagkv"]["needs"] == ["k", "v"]
+    assert rows["criticalkv"]["needs"] == ["k", "q", "v", "wo"]
+    assert "lag (tokens, default 128)" in rows["lagkv"]["parameters"]
+    path = str(synthetic_trace().path)
+    assert main(["replay", path, "--list", "--json"]) == 0
+    rows = {row["policy"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["sliding_window"]["replay"] == "exactly"
+    assert "output projections" in rows["criticalkv"]["reason"]
+    assert main(["replay", path, "--list"]) == 0
+    out = capsys.readouterr().out
+    assert "streaming_llm" in out
+    assert "Traceback" not in out
+
+
+def test_what_is_not_given_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "--policy", "h2o"]) == 2
+    assert "required: T, --budget" in capsys.readouterr().err

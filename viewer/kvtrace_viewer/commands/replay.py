@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from rich.table import Table
 import kvtrace
 from kvtrace.console import console, progress
 from kvtrace.errors import InputError
+from kvtrace_viewer.commands.policies import list_policies
 from kvtrace_viewer.commands.wanted import show_wanted
 
 if TYPE_CHECKING:
@@ -27,11 +29,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("trace", metavar="T", help="a .kvtrace directory")
+    parser.add_argument("trace", metavar="T", nargs="?", help="a .kvtrace directory")
     parser.add_argument(
         "--policy",
         action="append",
-        required=True,
         metavar="NAME[:KEY=VALUE,...]",
         help="a policy and its parameters, or one of your own as FILE.py:Class[:KEY=VALUE,...]; "
         "may be given several times (list below)",
@@ -39,7 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         action="append",
-        required=True,
         metavar="N|P%|A..B/STEP",
         help="tokens kept per KV head, a percentage of those present, or a range of either, such "
         "as 5%%..100%%/5%%; may be given several times",
@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="only this request; may be given several times (default: all)",
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="instead list all policies, and with T how well it replays each (also with --json)",
     )
     parser.add_argument(
         "--rerotate",
@@ -81,13 +86,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-store", action="store_true", help="do not keep the results beside the trace"
     )
-    parser.epilog = "policies:\n" + _policies()
+    parser.epilog = "policies (kvtrace replay --list also says what they need):\n" + _policies()
+    parser.set_defaults(parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Replay, keep, print."""
     from kvtrace_viewer.replay import replay
 
+    if args.list:
+        list_policies(kvtrace.open(args.trace) if args.trace else None, args.json)
+        return 0
+    lacking = [
+        name
+        for name, value in (("T", args.trace), ("--policy", args.policy), ("--budget", args.budget))
+        if not value
+    ]
+    if lacking:
+        return _misused(args, f"the following arguments are required: {', '.join(lacking)}")
     trace = kvtrace.open(args.trace)
     if args.kept and len(args.request or trace.requests()) > 1:
         raise InputError(
@@ -119,6 +135,13 @@ def run(args: argparse.Namespace) -> int:
         _show(results, args)
         show_wanted(wanted)
     return 0
+
+
+def _misused(args: argparse.Namespace, reason: str) -> int:
+    """What argparse does for arguments that are always required."""
+    args.parser.print_usage(sys.stderr)
+    print(f"{args.parser.prog}: error: {reason}", file=sys.stderr)
+    return 2
 
 
 def _regrets(trace: kvtrace.Trace, results: list[Result]) -> dict[str, dict[str, Any]]:

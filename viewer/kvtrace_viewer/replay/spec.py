@@ -76,7 +76,7 @@ def _named(name: str) -> type[Policy]:
             asked = " ".join(f"--policy {part.strip()}" for part in name.split(","))
             raise InputError(f"{name!r} are several policies; expected one each time: {asked}")
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else "kvtrace replay --help lists them"
+        hint = f"did you mean {' or '.join(near)}?" if near else "kvtrace replay --list shows them"
         raise InputError(f"policy {name!r} is unknown; expected one of {', '.join(names)}; {hint}")
     return kind
 
