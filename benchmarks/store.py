@@ -1,11 +1,12 @@
 """What storing rows costs: a trace beside raw numpy files, zarr with its defaults, and HDF5.
 
-    python benchmarks/store.py [--mb 256] [--gb 10] [--json FILE]
+    python benchmarks/store.py [--mb 256] [--gb 10] [--commit ROWS] [--json FILE]
 
 The rows are real: q, k, v and lse of a Llama of 8 layers and width 512 with random weights over a
 prompt of 2048 tokens, recorded, then repeated until there are --mb of them (a chunk holds fewer
 rows than were recorded, so that no compressor sees the repetition). Every store gets them in
-commits of 256 rows, as float16, and is read whole, and by tiles: 256 rows of q and of k of one
+commits of --commit rows (2048 are 34 MB; the recorder commits 64 MB or a quarter of a second), as
+float16, and is read whole, and by tiles: 256 rows of q and of k of one
 layer, which is what one tile of an attention map needs. MB is 10^6 bytes asked to be stored; per
 core means per second of CPU of all threads. Files are in the page cache when they are read.
 
@@ -44,9 +45,11 @@ from kvtrace.segments import encode_segment
 from kvtrace.store import StoreReader, StoreWriter
 from kvtrace_recorder import record
 
-PROMPT, COMMIT, TILE, TILES = 2048, 256, 256, 60
+PROMPT, TILE, TILES = 2048, 256, 60
 KINDS = ("q", "k", "v", "lse")
 Rows = dict[str, np.ndarray]
+#: By kind: shape behind the row axis, and type.
+Shapes = dict[str, tuple[tuple[int, ...], str]]
 
 
 class Store(ABC):
@@ -54,8 +57,8 @@ class Store(ABC):
 
     name: str
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        self.folder, self.shapes = folder, shapes
+    def __init__(self, folder: Path, shapes: Shapes, commit: int) -> None:
+        self.folder, self.shapes, self.commit = folder, shapes, commit
 
     @abstractmethod
     def append(self, rows: Rows) -> None:
@@ -73,8 +76,8 @@ class Store(ABC):
 class Trace(Store):
     name = "kvtrace"
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        super().__init__(folder, shapes)
+    def __init__(self, folder: Path, shapes: Shapes, commit: int) -> None:
+        super().__init__(folder, shapes, commit)
         self._writer = StoreWriter(folder / "s")
         for kind, (tail, dtype) in shapes.items():
             axes = "row,layer,head,d"[: None if len(tail) == 3 else -2]
@@ -98,8 +101,8 @@ class RawNumpy(Store):
 
     name = "numpy files"
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        super().__init__(folder, shapes)
+    def __init__(self, folder: Path, shapes: Shapes, commit: int) -> None:
+        super().__init__(folder, shapes, commit)
         folder.mkdir()
         self._commits = 0
 
@@ -113,9 +116,9 @@ class RawNumpy(Store):
 
     def read(self, kind: str, start: int, stop: int, layer: int) -> np.ndarray:
         parts = []
-        for number in range(start // COMMIT, -(-stop // COMMIT)):
+        for number in range(start // self.commit, -(-stop // self.commit)):
             file = np.load(self.folder / f"{kind}.{number}.npy", mmap_mode="r")
-            first = number * COMMIT
+            first = number * self.commit
             parts.append(file[max(0, start - first) : stop - first, layer])
         return np.concatenate(parts)
 
@@ -125,11 +128,11 @@ class PlainZarr(Store):
 
     name = "zarr, defaults"
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        super().__init__(folder, shapes)
+    def __init__(self, folder: Path, shapes: Shapes, commit: int) -> None:
+        super().__init__(folder, shapes, commit)
         group = zarr.open_group(folder, mode="w")
         self._arrays = {
-            kind: group.create_array(kind, shape=(COMMIT, *tail), dtype=dtype)
+            kind: group.create_array(kind, shape=(commit, *tail), dtype=dtype)
             for kind, (tail, dtype) in shapes.items()
         }
         self._rows = 0
@@ -154,8 +157,8 @@ class Hdf5(Store):
     name = "HDF5"
     options: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[tuple[int, ...], str]]) -> None:
-        super().__init__(folder, shapes)
+    def __init__(self, folder: Path, shapes: Shapes, commit: int) -> None:
+        super().__init__(folder, shapes, commit)
         import h5py
 
         folder.mkdir()
@@ -228,15 +231,15 @@ def load_rows(path: Path) -> Rows:
     return {kind: store.array(kind).read(0, store.rows) for kind in KINDS}
 
 
-def measure(kind: type[Store], rows: Rows, megabytes: int, folder: Path) -> Result:
+def measure(kind: type[Store], rows: Rows, megabytes: int, commit: int, folder: Path) -> Result:
     shapes = {name: (value.shape[1:], str(value.dtype)) for name, value in rows.items()}
-    store = kind(folder / kind.__name__, shapes)
+    store = kind(folder / kind.__name__, shapes, commit)
     row_bytes = sum(value[0].nbytes for value in rows.values())
-    count = megabytes * 10**6 // row_bytes // COMMIT * COMMIT
+    count = megabytes * 10**6 // row_bytes // commit * commit
     wall, cpu = time.perf_counter(), time.process_time()
-    for start in range(0, count, COMMIT):
+    for start in range(0, count, commit):
         at = start % PROMPT
-        store.append({name: value[at : at + COMMIT] for name, value in rows.items()})
+        store.append({name: value[at : at + commit] for name, value in rows.items()})
     store.close()
     write = (time.process_time() - cpu, time.perf_counter() - wall)
     stored = sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file())
@@ -373,6 +376,7 @@ def main() -> None:
     )
     parser.add_argument("--mb", type=int, default=256)
     parser.add_argument("--gb", type=float, default=10)
+    parser.add_argument("--commit", type=int, default=2048, metavar="ROWS")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     kinds: list[type[Store]] = [Trace, RawNumpy, PlainZarr]
@@ -386,7 +390,7 @@ def main() -> None:
         folder = Path(name)
         prompt = record_prompt(folder)
         rows = load_rows(prompt)
-        results = [measure(kind, rows, args.mb, folder) for kind in kinds]
+        results = [measure(kind, rows, args.mb, args.commit, folder) for kind in kinds]
         show(results)
         big = folder / "big.kvtrace"
         count = enlarge(prompt, big, args.gb)
