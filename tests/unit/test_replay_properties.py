@@ -17,7 +17,8 @@ from kvtrace_viewer.replay import POLICIES, Head, parse_budget, parse_policy, pa
 from kvtrace_viewer.replay.cache import present
 from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
 from kvtrace_viewer.replay.kernels import NEVER
-from kvtrace_viewer.replay.measure import Measures, output_errors
+from kvtrace_viewer.replay.measure import Measures
+from kvtrace_viewer.replay.outputs import output_errors
 from kvtrace_viewer.replay.totals import HeadTotals, StepTotals
 
 WHENS = ["prefill", "step", "every=3", "stream", "chunk=5"]
@@ -140,12 +141,12 @@ def test_identity_of_the_output_error() -> None:
     head = synthetic_head(9, 50, 30)
     block = full_block(head)
     assert head.v is not None
-    gone = np.full((50, 1), NEVER, dtype=np.int32)
-    gone[[3, 8, 9, 20, 21, 22], 0] = 29
+    gone = np.full((1, 50), NEVER, dtype=np.int32)
+    gone[0, [3, 8, 9, 20, 21, 22]] = 29
     rows = np.arange(30, 50)
-    errors = output_errors(block, gone, rows)[0]
+    errors = output_errors(block, gone, np.array([0]), rows)[0]
     a = block.attention[:, rows].astype(np.float64)
-    kept = a * (gone[:, 0] == NEVER)
+    kept = a * (gone[0] == NEVER)
     m = kept.sum(axis=2, keepdims=True)
     o, o_s, o_e = a @ head.v, kept @ head.v / m, (a - kept) @ head.v / (1 - m)
     np.testing.assert_allclose(o_s - o, (1 - m) * (o_s - o_e), atol=1e-6)

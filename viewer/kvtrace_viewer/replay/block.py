@@ -98,6 +98,12 @@ class Head:
         return np.asarray(np.isfinite(self.lse).all(axis=1))
 
     @cached_property
+    def values_and_one(self) -> Floats:
+        """[token, value_dim + 1]: v, and a column of ones beside it."""
+        values = np.empty((self.tokens, 0), np.float32) if self.v is None else self.v
+        return np.column_stack([values, np.ones(self.tokens, np.float32)])
+
+    @cached_property
     def received_in_prompt(self) -> NDArray[np.float64]:
         """[token]: `received` summed over the group; zeros where rows say it."""
         if self.received is None:

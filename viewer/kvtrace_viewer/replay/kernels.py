@@ -62,7 +62,7 @@ def count_events(evicted_at: Ints, stop: int, first: int, starts: Longs) -> None
     for p in range(evicted_at.shape[0]):
         for begin in range(0, stop, CHUNK):
             line = evicted_at[p, begin : min(begin + CHUNK, stop)]
-            if not _is_told(line, first, last):
+            if not is_told(line, first, last):
                 continue
             for j in range(line.shape[0]):
                 if line[j] >= first and line[j] <= last:
@@ -80,7 +80,7 @@ def fill_events(
     for p in range(evicted_at.shape[0]):
         for begin in range(0, stop, CHUNK):
             line = evicted_at[p, begin : min(begin + CHUNK, stop)]
-            if not _is_told(line, first, last):
+            if not is_told(line, first, last):
                 continue
             for j in range(line.shape[0]):
                 if line[j] >= first and line[j] <= last:
@@ -91,7 +91,7 @@ def fill_events(
 
 
 @jit
-def _is_told(line: Ints, first: int, last: int) -> bool:
+def is_told(line: Ints, first: int, last: int) -> bool:
     """Whether something of a line went after rows first..last: most stretches hold nothing."""
     found = 0
     for j in range(line.shape[0]):
@@ -177,21 +177,6 @@ def count_hits(
             first = until
         for e in range(event_starts[r], event_starts[r + 1]):
             marks[event_keys[e], event_pairs[e]] = 0
-
-
-@jit
-def keep_held(attention: Floats, start: int, rows: Longs, evicted_at: Ints, kept: Floats) -> None:
-    """Write kept [query head, row, key]: some rows of a block where held, zero elsewhere.
-
-    `evicted_at` is [key], of one pair; `rows` index into the block.
-    """
-    for g in range(attention.shape[0]):
-        for r in range(rows.shape[0]):
-            query = start + rows[r]
-            source = attention[g, rows[r]]
-            target = kept[g, r]
-            for j in range(source.shape[0]):
-                target[j] = source[j] if evicted_at[j] >= query else np.float32(0)
 
 
 @jit

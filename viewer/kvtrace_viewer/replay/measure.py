@@ -16,10 +16,10 @@ from kvtrace_viewer.replay.kernels import (
     count_events,
     count_hits,
     fill_events,
-    keep_held,
     release,
     store_masses,
 )
+from kvtrace_viewer.replay.outputs import FullOutputs, output_errors
 
 MASS_STEPS = 10_000
 """Percentiles of mass are read from a histogram over multiples of 1/10,000: good to 5e-5."""
@@ -117,8 +117,7 @@ class HeadMeasures:
         self.hits[active, window] = np.where(measured, hits, 0)
         self.misses[active, window] = np.where(measured, needed - hits, 0)
         if self.head.v is not None:
-            gone = np.ascontiguousarray(evicted_at[active, : block.stop].T)
-            self._add_error(block, gone, active, measured, rows)
+            self._add_error(block, evicted_at, active, measured, rows)
 
     def _mass(self, block: Block, events: Events, active: Longs) -> NDArray[np.float32]:
         """Attention on held keys and on the query's own token: float32 [query head, row, pair].
@@ -174,14 +173,14 @@ class HeadMeasures:
             self.misses[p, rows] = (needed & ~visible).sum(axis=(0, 2))
             sampled = (rows - self.first_rows[p]) % self.strides[p] == 0
             if block.head.v is not None and sampled.any():
-                full = _OutputsOf(block, at[sampled])
+                full = FullOutputs(block, at[sampled])
                 self.error[p] += full.errors(np.ascontiguousarray(kept[:, sampled])).sum()
                 self.error_rows[p] += int(sampled.sum())
 
     def _add_error(
         self,
         block: Block,
-        gone: NDArray[np.int32],
+        evicted_at: NDArray[np.int32],
         active: Longs,
         measured: NDArray[np.bool_],
         rows: Longs,
@@ -193,9 +192,9 @@ class HeadMeasures:
         for p, pattern in enumerate(patterns):
             which = np.flatnonzero(of_pair == p)
             if pattern.any():
-                errors = output_errors(block, gone[:, which], np.flatnonzero(pattern))
-                self.error[active[which]] += errors.sum(axis=(1, 2))
-                self.error_rows[active[which]] += int(pattern.sum())
+                pairs, at = active[which], np.flatnonzero(pattern)
+                self.error[pairs] += output_errors(block, evicted_at, pairs, at).sum(axis=(1, 2))
+                self.error_rows[pairs] += len(at)
 
     def sinks(self) -> NDArray[np.bool_]:
         """[query head, key]: the sinks of the full cache that the model itself still sees."""
@@ -236,52 +235,3 @@ class Events:
         pairs, keys = (np.empty(starts[-1], dtype=np.int32) for _ in range(2))
         fill_events(evicted_at, stop, first, starts, pairs, keys)
         return cls(first, starts[:-1], pairs, keys)
-
-
-def output_errors(block: Block, gone: NDArray[np.int32], rows: Longs) -> Doubles:
-    """Relative output error ||o_S - o|| / ||o|| of some rows: float64 [pair, query head, row].
-
-    o_S is renormalised over the kept keys (and a learned sink's share, where there is one).
-    `rows` index into the block.
-
-    Raises
-    ------
-    ValueError
-        Where the trace has no values.
-    """
-    full = _OutputsOf(block, rows)
-    kept = np.empty((block.head.group, len(rows), block.stop), dtype=np.float32)
-    errors = np.empty((gone.shape[1], *full.size.shape))
-    for p, evicted_at in enumerate(np.ascontiguousarray(gone.T)):
-        keep_held(block.attention, block.start, rows, evicted_at, kept)
-        errors[p] = full.errors(kept)
-    return errors
-
-
-class _OutputsOf:
-    """The outputs of some rows of a block with the full cache, and errors against them."""
-
-    def __init__(self, block: Block, rows: Longs) -> None:
-        if block.head.v is None:
-            raise ValueError("output error needs values")
-        # A column of ones beside the values: the same product gives what o_S is renormalised by.
-        values = block.head.v[: block.stop]
-        self.values = np.column_stack([values, np.ones(block.stop, np.float32)])
-        self.sink = block.sink_share[:, rows]
-        attention = np.ascontiguousarray(block.attention[:, rows])
-        self.full = _outputs(attention, self.values, self.sink)
-        self.size = np.linalg.norm(self.full, axis=2)
-
-    def errors(self, kept: NDArray[np.float32]) -> Doubles:
-        """||o_S - o|| / ||o|| where `kept` [query head, row, key] is what is left of the rows."""
-        apart = np.linalg.norm(_outputs(kept, self.values, self.sink) - self.full, axis=2)
-        return np.where(self.size > 0, apart / np.where(self.size > 0, self.size, 1.0), 0.0)
-
-
-def _outputs(attention: NDArray[np.float32], values: NDArray[np.float32], sink: Doubles) -> Doubles:
-    """Renormalised attention outputs [query head, row, value_dim]."""
-    sums = attention.reshape(-1, attention.shape[2]) @ values
-    sums = sums.reshape(*attention.shape[:2], -1).astype(np.float64)
-    total = sums[..., -1] + sink
-    # A row that keeps nothing has no output to speak of: zero, as the sum of no values.
-    return np.asarray(sums[..., :-1] / np.where(total > 0, total, 1.0)[..., None])
