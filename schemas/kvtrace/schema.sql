@@ -494,3 +494,23 @@ COMMENT ON COLUMN tier_tokens.cold_slots IS 'Of them, those in the second tier a
 COMMENT ON COLUMN tier_tokens.first_cold IS 'Position of the query after whose row the first of them went there; null where none did.';
 COMMENT ON COLUMN tier_tokens.fetches IS 'Slots fetched for some step, each time counted.';
 COMMENT ON COLUMN tier_tokens.late_mass IS 'Attention paid to it when it had been fetched, summed over query heads, layers and rows.';
+
+CREATE TABLE tier_blocks (
+    tier_run VARCHAR, block BIGINT, block_index INTEGER, tokens INTEGER, accesses BIGINT
+);
+COMMENT ON TABLE tier_blocks IS 'Per block of a tier run of kind blocks: what it is. Numbers are the run''s own, in the order in which blocks were first asked for.';
+COMMENT ON COLUMN tier_blocks.tier_run IS 'The run.';
+COMMENT ON COLUMN tier_blocks.block IS 'Its number.';
+COMMENT ON COLUMN tier_blocks.block_index IS 'Index in the sequence that asked for it first: it holds tokens from block_index * tokens on.';
+COMMENT ON COLUMN tier_blocks.tokens IS 'Tokens in it.';
+COMMENT ON COLUMN tier_blocks.accesses IS 'How often it was asked for.';
+
+CREATE TABLE tier_moves (
+    tier_run VARCHAR, step BIGINT, block BIGINT, tier INTEGER, arrives BOOLEAN
+);
+COMMENT ON TABLE tier_moves IS 'Where blocks of a tier run came and went, in order; the first 16,000,000 times.';
+COMMENT ON COLUMN tier_moves.tier_run IS 'The run.';
+COMMENT ON COLUMN tier_moves.step IS 'The step, as tier_steps.step.';
+COMMENT ON COLUMN tier_moves.block IS 'The block, as tier_blocks.block.';
+COMMENT ON COLUMN tier_moves.tier IS 'The tier that it came to or left.';
+COMMENT ON COLUMN tier_moves.arrives IS 'Whether it came.';

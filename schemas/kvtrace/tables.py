@@ -36,6 +36,8 @@ REPLAY_TABLES = (
     "tier_transfers",
     "tier_occupancy",
     "tier_tokens",
+    "tier_blocks",
+    "tier_moves",
 )
 
 #: Tables computed from the arrays; derived.sql also says what made trace.duckdb.

@@ -17,6 +17,9 @@ from typing import Any
 import kvtrace
 from kvtrace.marks import find_marks
 from kvtrace_viewer.derived.source import LayerCache
+from kvtrace_viewer.tiers import read_hardware
+from kvtrace_viewer.tiers.storage import store_tokens
+from kvtrace_viewer.tiers.tokens import place_tokens
 
 WIDTH, HEIGHT = 1440, 900
 SPAN = 36
@@ -58,8 +61,6 @@ def main() -> None:
 
 def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
     """Take every picture."""
-    metrics = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
-    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     trace = kvtrace.open(traces / TRACE)
     layer, head, key = striking_head(trace)
     here = f"trace={TRACE}&layer={layer}&head={head}"
@@ -76,6 +77,8 @@ def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
         out / "replay.png",
     )
     take(browser, f"{address}/regret?trace={TRACE}&replay=h2o-25pct-step", out / "regret.png")
+    run = tiers_run(trace)
+    take(browser, f"{address}/tiers?trace={TRACE}&run={run}", out / "tiers.png", tall=500)
     browser.js(
         "history.replaceState(null, '', '/sql?' + new URLSearchParams(arguments[0]))",
         {"trace": TRACE, "q": SQL},
@@ -90,6 +93,12 @@ def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
         out / "attention-dark.png",
         hover=key_on_map(trace, layer, head, key, start),
     )
+
+
+def tiers_run(trace: kvtrace.Trace) -> str:
+    """Place the demo's tokens by a replay on a laptop; the name of the run."""
+    found = place_tokens(trace, "h2o-25pct-step", read_hardware("laptop"))
+    return store_tokens(trace, found)
 
 
 def striking_head(trace: kvtrace.Trace) -> tuple[int, int, int]:
@@ -125,8 +134,16 @@ def scheme(browser: Any, name: str) -> None:
     browser.js("localStorage.setItem('mantine-color-scheme-value', arguments[0])", name)
 
 
-def take(browser: Any, url: str, path: Path, hover: tuple[float, float] | None = None) -> None:
-    """Take one page once it has settled."""
+def take(
+    browser: Any,
+    url: str,
+    path: Path,
+    hover: tuple[float, float] | None = None,
+    tall: int = 0,
+) -> None:
+    """Take one page once it has settled, some pixels taller than the others."""
+    metrics = {"width": WIDTH, "height": HEIGHT + tall, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.open(url)
     time.sleep(5)
     if hover is not None:

@@ -148,7 +148,7 @@ def test_npz_export_is_the_traces_own_attention(get: Get, trace: Trace) -> None:
         ("evicted", {"replay": "../..", "layer": 0, "kv_head": 0}, "no replay"),
         ("evicted", {"replay": "x", "layer": 0, "kv_head": 2}, "no KV head 2"),
         ("mass", {"replays": "nothing"}, "no replay 'nothing'"),
-        ("jobs/99", {}, "no replay job 99"),
+        ("jobs/99", {}, "no job 99"),
         (
             "export",
             {

@@ -68,7 +68,7 @@ def _show_recorded(recorded: RecordedTimes) -> None:
 
 
 def _show_kept(name: str) -> None:
-    console().print(f"kept as {name}: see tables tier_* with kvtrace sql", markup=False)
+    console().print(f"kept as {name}: see the viewer's page Tiers, or tables tier_*", markup=False)
 
 
 def show_tokens(name: str, result: TokenResult) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kvtrace_viewer.pages import attention, regret, replay, runs, sql
+from kvtrace_viewer.pages import attention, regret, replay, runs, sql, tiers
 
-PAGES = (runs, attention, replay, regret, sql)
+PAGES = (runs, attention, replay, regret, tiers, sql)

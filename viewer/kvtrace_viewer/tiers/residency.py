@@ -35,6 +35,11 @@ class Residency(NamedTuple):
     heap_size : int64 [tier]
     set_aside : int64 [block]
         Room for what `victim` passes over.
+    moved : int32 [move, 3]
+        The request in which a block came to a tier or left one, the block, and the tier: t where
+        it came, -1 - t where it left. As many as there is room for.
+    moves : int64 [2]
+        How many there were, and the request that runs.
     """
 
     held: NDArray[np.uint8]
@@ -48,6 +53,12 @@ class Residency(NamedTuple):
     heap_blocks: Longs
     heap_size: Longs
     set_aside: Longs
+    moved: NDArray[np.int32]
+    moves: Longs
+
+
+#: Moves that are kept for a map of who lay where.
+MAX_MOVES = 16_000_000
 
 
 def empty(num_blocks: int, capacities: list[int], entries: int) -> Residency:
@@ -78,6 +89,10 @@ def empty(num_blocks: int, capacities: list[int], entries: int) -> Residency:
         heap_size=np.zeros(len(capacities), np.int64),
         # A block may have entries of one key twice.
         set_aside=np.empty(size, np.int64),
+        # An access moves a block in and another out of each tier, at most; memory that is not
+        # written to is not taken.
+        moved=np.empty((min(MAX_MOVES, 4 * entries * len(capacities)), 3), np.int32),
+        moves=np.zeros(2, np.int64),
     )
 
 
@@ -108,6 +123,7 @@ def put(
     at.filled[tier] += 1
     at.came[tier, block] = access
     at.uses[tier, block] = 0
+    _note(at, block, tier)
     touch(at, tier, block, order, access, index, following)
 
 
@@ -116,6 +132,16 @@ def take(at: Residency, tier: int, block: int) -> None:
     """Take a block out of a tier that has it."""
     at.held[tier, block] = 0
     at.filled[tier] -= 1
+    _note(at, block, -1 - tier)
+
+
+@jit
+def _note(at: Residency, block: int, tier: int) -> None:
+    if at.moves[0] < len(at.moved):
+        at.moved[at.moves[0], 0] = at.moves[1]
+        at.moved[at.moves[0], 1] = block
+        at.moved[at.moves[0], 2] = tier
+    at.moves[0] += 1
 
 
 @jit

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from kvtrace_viewer.blocks.stream import BlockStream
 from kvtrace_viewer.tiers.hardware import Hardware
 from kvtrace_viewer.tiers.options import Options
 from kvtrace_viewer.tiers.residency import Longs
@@ -37,6 +39,10 @@ class TierResult:
         int64 [request].
     request_ids : numpy.ndarray
         int64 [request], the trace's numbers of them.
+    moved : numpy.ndarray
+        int32 [move, 3], see `Residency.moved`.
+    blocks : BlockStream
+        What was served: full blocks.
     notes : tuple of str
         What must be known to read it.
     """
@@ -49,6 +55,8 @@ class TierResult:
     arrival_ns: Longs
     prompt_tokens: Longs
     request_ids: Longs
+    moved: NDArray[np.int32]
+    blocks: BlockStream
     notes: tuple[str, ...] = ()
 
     @property

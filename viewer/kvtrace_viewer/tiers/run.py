@@ -12,7 +12,7 @@ from kvtrace_viewer.tiers import schedule
 from kvtrace_viewer.tiers.hardware import Hardware, Tier
 from kvtrace_viewer.tiers.options import Options
 from kvtrace_viewer.tiers.order import order_number
-from kvtrace_viewer.tiers.residency import Longs, empty
+from kvtrace_viewer.tiers.residency import Longs, Residency, empty
 from kvtrace_viewer.tiers.result import TierResult
 
 
@@ -122,8 +122,17 @@ def replay_tiers(
         arrival_ns=stream.arrival_ns,
         prompt_tokens=stream.prompt_tokens,
         request_ids=stream.request_ids if len(stream.request_ids) else np.arange(stream.requests),
-        notes=(*stream.notes, *model.notes),
+        moved=at.moved[: at.moves[0]],
+        blocks=stream,
+        notes=(*stream.notes, *model.notes, *_left_out(at)),
     )
+
+
+def _left_out(at: Residency) -> list[str]:
+    if at.moves[0] <= len(at.moved):
+        return []
+    until = at.moved[-1, 0]
+    return [f"blocks moved {at.moves[0]:,} times: where they lay is known until request {until:,}"]
 
 
 def _capacities(hardware: Hardware, model: ServedModel, size: int) -> tuple[int, ...]:

@@ -148,6 +148,7 @@ def run(work: Workload, machine: Machine, at: Residency, ledger: Ledger) -> None
     loads = np.empty(longest, np.int64)
     engine_free = 0
     for r in range(len(work.starts) - 1):
+        at.moves[1] = r
         start = max(work.arrival_ns[r], engine_free)
         ledger.start_ns[r] = start
         if _pin(work, at, r) > at.capacity[0]:

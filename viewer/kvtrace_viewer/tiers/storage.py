@@ -14,8 +14,10 @@ import numpy as np
 
 from kvtrace.store import StoreWriter, publish
 from kvtrace.trace import Trace
+from kvtrace_viewer.blocks.stream import BlockStream
 from kvtrace_viewer.tiers.hardware import Hardware
 from kvtrace_viewer.tiers.recorded import RecordedTimes
+from kvtrace_viewer.tiers.residency import Longs
 from kvtrace_viewer.tiers.result import TierResult
 from kvtrace_viewer.tiers.token_result import COLD, TokenResult
 
@@ -118,6 +120,29 @@ def block_tables(result: TierResult, model: str, recorded: RecordedTimes) -> dic
             "tier": np.tile(np.arange(tiers), len(served)),
             "bytes": (ledger.occupancy[served] * size).ravel(),
         },
+        "tier_blocks": _blocks(result.blocks),
+        "tier_moves": _moves(result, served),
+    }
+
+
+def _blocks(stream: BlockStream) -> Columns:
+    """Table `tier_blocks`; dense ids are in the order of first accesses."""
+    _, first = np.unique(stream.blocks, return_index=True)
+    return {
+        "block": np.arange(stream.num_blocks),
+        "block_index": stream.index[first],
+        "tokens": stream.tokens[first],
+        "accesses": np.bincount(stream.blocks, minlength=stream.num_blocks),
+    }
+
+
+def _moves(result: TierResult, served: Longs) -> Columns:
+    request, block, tier = result.moved.T
+    return {
+        "step": np.searchsorted(served, request),
+        "block": block,
+        "tier": np.where(tier < 0, -1 - tier, tier),
+        "arrives": tier >= 0,
     }
 
 

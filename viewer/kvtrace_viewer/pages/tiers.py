@@ -1,0 +1,226 @@
+"""Memory tiers: who lies where over time, what crosses the links, and who waits."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import dash
+import dash_ag_grid as dag
+from dash import Input, Output, dcc, html
+
+from kvtrace.trace import Trace
+from kvtrace_viewer.components import (
+    Component,
+    button,
+    empty_state,
+    field,
+    panel,
+    segmented,
+    select,
+    status_line,
+)
+from kvtrace_viewer.context import Context
+from kvtrace_viewer.derived.results import replay_rows
+from kvtrace_viewer.derived.tiers import tier_runs
+from kvtrace_viewer.figures.graph import graph
+from kvtrace_viewer.figures.theme import base_layout
+from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
+from kvtrace_viewer.pages.common import one_of, request_options, with_trace
+from kvtrace_viewer.pages.replay import in_order, replay_options
+from kvtrace_viewer.tiers.hardware import Hardware, read_hardware, shipped
+from kvtrace_viewer.tiers.options import LOADS, MODES
+from kvtrace_viewer.tiers.order import ORDERS
+
+PATH = "/tiers"
+NAME = "Tiers"
+MACHINE = "h100"
+#: Value of the choice between whole blocks and the replays.
+BLOCKS = "blocks"
+
+BYTES = {"function": "kvBytes(params.value)"}
+COLUMNS = [
+    text_column("name", "Tier", width=110, tooltipField="source"),
+    number_column("capacity_bytes", "Room for the cache", width=150, valueFormatter=BYTES),
+    number_column("hits", "Hits", width=100),
+    number_column("bytes_up", "Moved up", width=110, valueFormatter=BYTES),
+    number_column("bytes_down", "Moved down", width=110, valueFormatter=BYTES),
+    number_column("peak_bytes", "Peak", width=110, valueFormatter=BYTES),
+    number_column("mean_bytes", "Mean", width=110, valueFormatter=BYTES),
+    number_column(
+        "cost_per_hour", "$ / hour", width=100, valueFormatter={"function": "kvShare(params.value)"}
+    ),
+    text_column("source", "Figures from", flex=1, minWidth=180, tooltipField="source"),
+]
+
+
+def register(app: Any, context: Context, order: int) -> None:
+    """Add the page and its callbacks."""
+    dash.register_page(
+        "tiers",
+        path=PATH,
+        name=NAME,
+        order=order,
+        title="Tiers · kvtrace",
+        layout=partial(layout, context),
+    )
+    app.clientside_callback(
+        dash.ClientsideFunction("tiers", "update"),
+        Output("tiers-status", "title"),
+        Input("tiers-config", "data"),
+        Input("tiers-run", "value"),
+        Input("tiers-request", "value"),
+    )
+    names = ("machine", "place", "policy", "mode", "load", "overlap", "prefetch")
+    app.clientside_callback(
+        dash.ClientsideFunction("tiers", "form"),
+        Output("tiers-start-status", "title"),
+        Input("tiers-config", "data"),
+        *(Input(f"tiers-{name}", "value") for name in names),
+    )
+
+
+def layout(context: Context, trace: str | None = None, **query: str) -> Component:
+    """Build the page for the trace and view of the URL."""
+    body = with_trace(
+        context, trace, lambda found, opened: build(found, opened, query), needs_tokens=False
+    )
+    return html.Div(body, className="kv-page")
+
+
+def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
+    """Build the page of a trace with something to serve."""
+    if not any(trace.table(name).num_rows for name in ("block_accesses", "tokens", "kv_events")):
+        return empty_state(
+            "Nothing to serve",
+            f"{trace.name} holds no tokens, no imported workload and no KV events: there is no "
+            "block that somebody asked for.",
+            "kvtrace import mooncake FILE --out workload.kvtrace",
+        )
+    runs = tier_runs(trace)
+    known = tuple(row["tier_run"] for row in runs)
+    requests = trace.requests() if trace.rows else []
+    numbers = tuple(str(one.request) for one in requests) or ("",)
+    config = {
+        "trace": trace_id,
+        "view": {name: query.get(name) for name in ("first", "count")},
+        "machines": {name: _figures(read_hardware(name)) for name in shipped()},
+    }
+    chosen = one_of(query.get("run"), known, known[0]) if known else None
+    request = one_of(query.get("request"), numbers, numbers[0])
+    return [
+        dcc.Store(id="tiers-config", data=config),
+        html.Div(
+            [
+                field("Run", select("tiers-run", run_options(runs), chosen, 420, "Run")),
+                html.Div(
+                    field(
+                        "Request",
+                        select("tiers-request", request_options(requests), request, 190, "Request"),
+                    ),
+                    id="tiers-request-field",
+                ),
+                field("Shown", html.Div(id="tiers-window", className="kv-tiers-window")),
+                button("tiers-all", "All", "Show all blocks"),
+            ],
+            className="kv-toolbar",
+        ),
+        status_line("tiers-status"),
+        panel(
+            "Who lies where",
+            html.Div(
+                [html.Canvas(id="tiers-map"), html.Div(id="tiers-tip", className="kv-tip")],
+                className="kv-tiers-map",
+                id="tiers-map-box",
+            ),
+            aside=html.Div(id="tiers-legend", className="kv-legend"),
+        ),
+        html.Div(
+            [
+                _figure("Held", "tiers-occupancy"),
+                _figure("Moved", "tiers-traffic"),
+                _figure("Computing and waiting", "tiers-waiting"),
+            ],
+            className="kv-tiers-figures",
+        ),
+        table(),
+        runner(trace),
+    ]
+
+
+def run_options(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stored runs for the drop-down, by what was placed."""
+    words = {"blocks": "Whole blocks", "tokens": "Tokens by a replay"}
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in runs:
+        groups.setdefault(words[row["kind"]], []).append(
+            {"value": row["tier_run"], "label": row["tier_run"]}
+        )
+    return [{"group": group, "items": items} for group, items in groups.items()]
+
+
+def _figures(hardware: Hardware) -> list[dict[str, Any]]:
+    return [
+        {"name": one.name, "capacity": one.capacity, "read": one.read, "write": one.write}
+        for one in hardware.tiers
+    ]
+
+
+def _figure(title: str, graph_id: str) -> Component:
+    empty = {"data": [], "layout": base_layout("light")}
+    return panel(title, html.Div(graph(graph_id, empty, "kv-graph"), className="kv-graph-box"))
+
+
+def table() -> Component:
+    """The tiers of the run, one a row."""
+    grid = dag.AgGrid(
+        id="tiers-grid",
+        rowData=[],
+        columnDefs=COLUMNS,
+        defaultColDef={"sortable": True, "resizable": True, "suppressMovable": True},
+        dashGridOptions={
+            **GRID_OPTIONS,
+            "domLayout": "autoHeight",
+            "localeText": {"noRowsToShow": "No run yet: start one below"},
+        },
+        className="kv-grid",
+        style={"height": None, "width": "100%"},
+    )
+    return panel(
+        "Tiers",
+        grid,
+        aside=html.Span(id="tiers-summary", className="kv-note"),
+        class_name="kv-flush",
+    )
+
+
+def runner(trace: Trace) -> Component:
+    """The form that serves the workload from other memory."""
+    machines = [{"value": name, "label": text} for name, text in shipped().items()]
+    replays = replay_options(in_order(replay_rows(trace)))
+    places = [{"group": "Everything", "items": [{"value": BLOCKS, "label": "Whole blocks"}]}]
+    yes_no = (("yes", "Yes"), ("no", "No"))
+    form = html.Div(
+        [
+            field("Machine", select("tiers-machine", machines, MACHINE, 330, "Machine")),
+            field(
+                "What moves", select("tiers-place", [*places, *replays], BLOCKS, 250, "What moves")
+            ),
+            field("Gives up", select("tiers-policy", list(ORDERS), "lru", 130, "Gives up")),
+            field("Moves down", select("tiers-mode", list(MODES), "evict", 130, "Moves down")),
+            field("Loads", select("tiers-load", list(LOADS), "cheaper", 110, "Loads")),
+            field("Overlap", segmented("tiers-overlap", yes_no, "yes")),
+            field("Prefetch", segmented("tiers-prefetch", yes_no, "no")),
+        ],
+        className="kv-toolbar",
+    )
+    figures = html.Div(id="tiers-figures", className="kv-tiers-inputs")
+    progress = html.Div(
+        [html.Div(id="tiers-bar", className="kv-progress-bar")],
+        id="tiers-progress",
+        className="kv-progress",
+    )
+    start = button("tiers-start", "Serve", "Compute and keep this run", "kv-primary")
+    return panel(
+        "Other memory", [form, figures, start, progress, status_line("tiers-start-status")]
+    )
