@@ -56,15 +56,21 @@ def make_trace(path: Path, manifest: Manifest, *, force: bool) -> None:
     Raises
     ------
     TraceError
-        Where `path` exists, may not be replaced and is not of this launch.
+        Where `path` exists, may not be replaced and is not of this launch, or cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if manifest.launch is None:
-        _replace(path, manifest, force=force)
-        return
-    with _alone_in(path.parent):
-        if not is_trace(path) or read_manifest(path).launch != manifest.launch:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if manifest.launch is None:
             _replace(path, manifest, force=force)
+            return
+        with _alone_in(path.parent):
+            if not is_trace(path) or read_manifest(path).launch != manifest.launch:
+                _replace(path, manifest, force=force)
+    except OSError as error:
+        raise TraceError(
+            f"{path} cannot be made ({error.strerror or error}); a folder that can be written was"
+            " expected; choose another with --out, or make room"
+        ) from error
 
 
 def discard_empty(trace: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,10 @@ from kvtrace_recorder.scribe import Scribe
 COMMIT_SECONDS = 0.25
 #: Rows that no full shard holds at a commit are written twice: a quarter of it halved the speed.
 COMMIT_BYTES = 64 << 20
+
+_OF_THE_DISK = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+)
 
 
 @dataclass
@@ -97,6 +102,11 @@ def write_trace(source: Source, options: dict[str, Any]) -> None:
 def describe(failure: BaseException) -> str:
     """A failure in one line."""
     text = str(failure)
+    if isinstance(failure, OSError) and failure.errno in _OF_THE_DISK:
+        # Which of the trace's files it was is of no use: such a disk takes none.
+        return (
+            f"{failure.strerror}; a disk that takes it was expected; make room or record elsewhere"
+        )
     return text if isinstance(failure, KvtraceError) else f"{type(failure).__name__}: {text}"
 
 
