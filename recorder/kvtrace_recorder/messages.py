@@ -30,11 +30,14 @@ class ModelInfo:
         Where its tokenizer may lie: a directory or a hub name, empty when unknown.
     columns : mapping
         Columns of table `models`, and `config`, all plain values.
+    wo : numpy.ndarray or None
+        [layer, hidden, q_head * value_dim], the output projections, where they are kept.
     """
 
     key: int
     source: str
     columns: Mapping[str, Any]
+    wo: Array | None = None
 
 
 @dataclass(frozen=True)

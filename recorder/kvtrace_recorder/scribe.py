@@ -85,6 +85,8 @@ class Scribe:
         elif isinstance(message, ModelInfo):
             number = self._writer.add_model(**message.columns)
             self._models[message.key] = (number, message.source)
+            if message.wo is not None and len(self._models) == 1:
+                self._writer.put_static("wo", message.wo, "layer,hidden,q_head_dim")
         elif isinstance(message, Vocabulary):
             known = self._texts.setdefault(message.source, {})
             known.update(zip(message.ids, message.texts, strict=True))

@@ -22,12 +22,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from numpy.typing import NDArray
+
 from kvtrace.console import human_bytes
 from kvtrace.layout import DETAIL_ARRAYS
 from kvtrace.model import number_text
 from kvtrace.writer import LayerSpec
 from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.selection import LAST_QUERIES, Queries, Selection
+from kvtrace_recorder.session.projections import MOST_BYTES, output_projections
 from kvtrace_recorder.taps.guard import UnrecordableError
 
 UNSUMMED = (
@@ -166,6 +169,18 @@ class Keeper:
     def asks(self, layer: int) -> bool:
         """Whether a layer is among those asked for."""
         return self.selection.layers is None or layer in self.selection.layers
+
+    def output_projections(self, model: Any) -> NDArray[Any] | None:
+        """A model's output projections, where values are kept with which they make a signal."""
+        if "v" not in self._plans[0].kinds:
+            return None
+        # Of the default limit of 4 GiB as much as without any: 64 MiB.
+        most = MOST_BYTES if self._limit is None else self._limit // 64
+        found = output_projections(model, self.dtype, most)
+        if found is not None:
+            with self._lock:
+                self._spent += found.nbytes
+        return found
 
     def unknown_layers(self, model: Mapping[str, Any]) -> str | None:
         """What to say where layers were asked for that a model (columns of `models`) lacks."""

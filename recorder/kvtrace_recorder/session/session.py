@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -441,7 +442,8 @@ class Session:
         found = self._models.get(module)
         if found is None:
             found = self._models[module] = ModelState(next(self._keys), module)
-            self._pipeline.put(found.info)
+            wo = None if found.is_plain else self.keeper.output_projections(module)
+            self._pipeline.put(replace(found.info, wo=wo))
             problem = self.keeper.unknown_layers(found.info.columns)
             # The configuration of an encoder-decoder counts the layers of one half.
             if problem and not found.has_halves:

@@ -50,6 +50,8 @@ def missing(trace: Trace, layers: Sequence[Layer]) -> dict[str, str]:
     found = {}
     if "wo" not in trace.signals:
         found["wo"] = "the trace lacks the output projections wo"
+    elif len({spec.model for spec in layers} | {trace.layers[0].model}) > 1:
+        found["wo"] = "the trace has the output projections wo of its first model alone"
     if "score" not in trace.signals:
         found["score"] = "the trace lacks recorded scores (array score)"
     if "q_prerope" not in trace.signals:
