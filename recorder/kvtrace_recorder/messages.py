@@ -83,6 +83,8 @@ class Sequenced:
         How many of the step's tokens are of the prompt; None: what the phase says.
     encoder_request : int or None
         The request that its cross attention reads.
+    arrived_ns : int or None
+        Wall clock when a scheduler was given the request; known when it begins.
     """
 
     request: int
@@ -94,6 +96,7 @@ class Sequenced:
     external_id: str | None = None
     from_prompt: int | None = None
     encoder_request: int | None = None
+    arrived_ns: int | None = None
 
 
 @dataclass
@@ -403,6 +406,22 @@ class RowlessRequest:
 
 
 @dataclass(frozen=True)
+class PoolInfo:
+    """What a paged cache and its scheduler were set to, for one group of layers.
+
+    Attributes
+    ----------
+    model : int
+        Key of its model.
+    columns : dict
+        Of table `kv_pools`.
+    """
+
+    model: int
+    columns: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Dormant:
     """Requests that have ended, while others may still begin with blocks of theirs: their keys."""
 
@@ -442,6 +461,7 @@ Message = (
     | CacheChange
     | Outputs
     | RowlessRequest
+    | PoolInfo
     | Dormant
     | Ended
     | Gap
@@ -449,6 +469,7 @@ Message = (
 #: Every dataclass that a message may be or hold.
 MESSAGES: tuple[type, ...] = (
     RowlessRequest,
+    PoolInfo,
     Dormant,
     ModelInfo,
     Vocabulary,

@@ -25,6 +25,7 @@ from kvtrace_recorder.messages import (
     Message,
     ModelInfo,
     Outputs,
+    PoolInfo,
     RowlessRequest,
     Sequenced,
     StepBatch,
@@ -98,6 +99,10 @@ class Scribe:
         elif isinstance(message, RowlessRequest):
             model, _ = self._models[message.model]
             self._buffer("requests", _rowless(model, message))
+        elif isinstance(message, PoolInfo):
+            model, _ = self._models[message.model]
+            columns = {"run": 0, "model": model, **message.columns}
+            self._buffer("kv_pools", {name: [value] for name, value in columns.items()})
         elif isinstance(message, Dormant):
             for request in message.requests:
                 self._histories.rest(request)
@@ -393,6 +398,7 @@ def _request_rows(model: int, steps: Sequence[tuple[int, StepRecord]]) -> dict[s
         "prompt_tokens": [s.prompt_tokens for _, s in new],
         "encoder_request": [s.encoder_request for _, s in new],
         "started_ns": [step.started_ns for step, _ in new],
+        "arrived_ns": [s.arrived_ns for _, s in new],
     }
 
 
@@ -406,6 +412,7 @@ def _rowless(model: int, message: RowlessRequest) -> dict[str, Iterable[Any]]:
         "prompt_tokens": message.prompt_tokens,
         "encoder_request": None,
         "started_ns": message.started_ns,
+        "arrived_ns": None,
     }
     return {name: [value] for name, value in row.items()}
 

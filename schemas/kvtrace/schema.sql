@@ -70,7 +70,7 @@ COMMENT ON COLUMN layers.position_bias IS 'Per query head, added to the scaled s
 CREATE TABLE requests (
     request BIGINT, run INTEGER, model BIGINT, external_id VARCHAR, batch_index INTEGER,
     prompt_tokens INTEGER, started_ns BIGINT, encoder_request BIGINT, output_tokens INTEGER,
-    block_size INTEGER, namespace VARCHAR
+    block_size INTEGER, namespace VARCHAR, arrived_ns BIGINT
 );
 COMMENT ON TABLE requests IS 'One row per sequence: a batch of four is four requests.';
 COMMENT ON COLUMN requests.request IS 'Its number.';
@@ -84,6 +84,7 @@ COMMENT ON COLUMN requests.encoder_request IS 'The request whose tokens the cros
 COMMENT ON COLUMN requests.started_ns IS 'When it came; of an imported workload on the clock of its source, which often begins at 0.';
 COMMENT ON COLUMN requests.output_tokens IS 'Tokens that were generated, of an imported workload; null otherwise.';
 COMMENT ON COLUMN requests.block_size IS 'Tokens of a full block, of an imported workload; null otherwise.';
+COMMENT ON COLUMN requests.arrived_ns IS 'When a recorded scheduler was given it, to wait for its first step; null where that is not known.';
 COMMENT ON COLUMN requests.namespace IS 'Where the request''s block hashes are valid (a conversation, a model); null where everywhere.';
 
 CREATE TABLE forks (
@@ -147,6 +148,26 @@ COMMENT ON COLUMN kv_events.block_index IS 'Index of the block in the request''s
 COMMENT ON COLUMN kv_events.tokens IS 'Token slots held after the event: by the layer, or by the block.';
 COMMENT ON COLUMN kv_events.bytes IS 'Bytes held after the event by this layer, keys and values, over the whole batch, padding counted. Of a block: by all layers of its cache group; above 0 after a free where others share the block or it stays cached.';
 COMMENT ON COLUMN kv_events.device IS 'Where the memory is, null where the source of imported events does not say; cpu swap: the pool that blocks are offloaded to, whose blocks have numbers of their own.';
+
+CREATE TABLE kv_pools (
+    run INTEGER, model BIGINT, cache_group INTEGER, block_size INTEGER, num_blocks BIGINT,
+    bytes_per_block BIGINT, first_block BIGINT, max_batch_tokens INTEGER, max_batch_size INTEGER,
+    scheduler VARCHAR, safety_margin DOUBLE, prefix_caching BOOLEAN, swap_blocks BIGINT
+);
+COMMENT ON TABLE kv_pools IS 'One row per paged cache and group of layers: what its pool and its scheduler were set to.';
+COMMENT ON COLUMN kv_pools.run IS 'The process that ran it.';
+COMMENT ON COLUMN kv_pools.model IS 'The model whose cache it is.';
+COMMENT ON COLUMN kv_pools.cache_group IS 'Group of layers that share block tables; null where there is one.';
+COMMENT ON COLUMN kv_pools.block_size IS 'Tokens that a full block holds.';
+COMMENT ON COLUMN kv_pools.num_blocks IS 'Blocks that the group can have; groups share one pool, and each could have all of it.';
+COMMENT ON COLUMN kv_pools.bytes_per_block IS 'Keys and values of a block, all layers of the group.';
+COMMENT ON COLUMN kv_pools.first_block IS 'The lowest number that a block has.';
+COMMENT ON COLUMN kv_pools.max_batch_tokens IS 'Tokens that a step can process.';
+COMMENT ON COLUMN kv_pools.max_batch_size IS 'Requests that a step can process.';
+COMMENT ON COLUMN kv_pools.scheduler IS 'Which requests go first: fifo (those that decode, then those that prefill, then those that wait) or prefill_first.';
+COMMENT ON COLUMN kv_pools.safety_margin IS 'Share of the pool that must be free for more than one prompt to be begun.';
+COMMENT ON COLUMN kv_pools.prefix_caching IS 'Whether requests share the blocks of a common prefix.';
+COMMENT ON COLUMN kv_pools.swap_blocks IS 'Blocks that fit where preempted requests are offloaded to; 0 where they are computed again.';
 
 CREATE TABLE blocks (
     block BIGINT, hash VARCHAR, parent BIGINT, block_size INTEGER, token_ids INTEGER[],
@@ -514,3 +535,91 @@ COMMENT ON COLUMN tier_moves.step IS 'The step, as tier_steps.step.';
 COMMENT ON COLUMN tier_moves.block IS 'The block, as tier_blocks.block.';
 COMMENT ON COLUMN tier_moves.tier IS 'The tier that it came to or left.';
 COMMENT ON COLUMN tier_moves.arrives IS 'Whether it came.';
+
+CREATE TABLE allocation_runs (
+    allocation_run VARCHAR, kind VARCHAR, created_ns BIGINT, settings VARCHAR, block_size INTEGER,
+    pool BIGINT, steps BIGINT, requests BIGINT, refused BIGINT, preemptions BIGINT,
+    recomputed_tokens BIGINT, swapped_blocks BIGINT, cached_tokens BIGINT, evictions BIGINT,
+    peak_blocks BIGINT, mean_blocks DOUBLE, mean_occupancy DOUBLE, peak_bytes BIGINT,
+    mean_cached_blocks DOUBLE, peak_shared_blocks BIGINT, internal_fragmentation DOUBLE,
+    wait_steps_mean DOUBLE, wait_steps_max BIGINT, wait_s_mean DOUBLE, span_s DOUBLE
+);
+COMMENT ON TABLE allocation_runs IS 'One row per pool of blocks followed by kvtrace allocation: the recorded one, and servers with other settings for the same requests.';
+COMMENT ON COLUMN allocation_runs.allocation_run IS 'Name of its folder under whatifs/.';
+COMMENT ON COLUMN allocation_runs.kind IS 'recorded or what-if.';
+COMMENT ON COLUMN allocation_runs.created_ns IS 'When it was followed.';
+COMMENT ON COLUMN allocation_runs.settings IS 'Every setting of the server, as JSON; null of the recorded pool.';
+COMMENT ON COLUMN allocation_runs.block_size IS 'Tokens of a block.';
+COMMENT ON COLUMN allocation_runs.pool IS 'Blocks.';
+COMMENT ON COLUMN allocation_runs.steps IS 'Forward passes.';
+COMMENT ON COLUMN allocation_runs.requests IS 'Requests that were processed.';
+COMMENT ON COLUMN allocation_runs.refused IS 'Requests larger than the pool.';
+COMMENT ON COLUMN allocation_runs.preemptions IS 'Times that a request had to give its blocks up.';
+COMMENT ON COLUMN allocation_runs.recomputed_tokens IS 'Tokens that were processed again for it; null of the recorded pool.';
+COMMENT ON COLUMN allocation_runs.swapped_blocks IS 'Blocks that were copied out for it; null of the recorded pool.';
+COMMENT ON COLUMN allocation_runs.cached_tokens IS 'Tokens that were found in cached blocks and not processed; null of the recorded pool.';
+COMMENT ON COLUMN allocation_runs.evictions IS 'Cached blocks that gave way.';
+COMMENT ON COLUMN allocation_runs.peak_blocks IS 'The most blocks that requests held at a step.';
+COMMENT ON COLUMN allocation_runs.mean_blocks IS 'Mean of the same over the steps.';
+COMMENT ON COLUMN allocation_runs.mean_occupancy IS 'Mean share of the pool that requests held.';
+COMMENT ON COLUMN allocation_runs.peak_bytes IS 'Bytes of peak_blocks; null where the size of a block is not known.';
+COMMENT ON COLUMN allocation_runs.mean_cached_blocks IS 'Mean of the blocks that nobody held and that were kept for their contents.';
+COMMENT ON COLUMN allocation_runs.peak_shared_blocks IS 'The most blocks that several requests held at a step.';
+COMMENT ON COLUMN allocation_runs.internal_fragmentation IS 'Mean share of the token slots of held blocks without a token.';
+COMMENT ON COLUMN allocation_runs.wait_steps_mean IS 'Mean steps from a request''s arrival to its first step; null where arrivals are not known.';
+COMMENT ON COLUMN allocation_runs.wait_steps_max IS 'The most of the same.';
+COMMENT ON COLUMN allocation_runs.wait_s_mean IS 'Mean seconds of the same; of a what-if by the recorded steps'' mean time for their tokens.';
+COMMENT ON COLUMN allocation_runs.span_s IS 'From the first step''s begin to the last one''s end, in seconds; of a what-if as wait_s_mean.';
+
+CREATE TABLE allocation_steps (
+    allocation_run VARCHAR, step BIGINT, started_ns BIGINT, duration_ns BIGINT, held BIGINT,
+    cached BIGINT, free BIGINT, shared BIGINT, unused_slots BIGINT, bytes_held BIGINT,
+    running BIGINT, waiting BIGINT, tokens BIGINT
+);
+COMMENT ON TABLE allocation_steps IS 'The pool while each step ran.';
+COMMENT ON COLUMN allocation_steps.allocation_run IS 'The run.';
+COMMENT ON COLUMN allocation_steps.step IS 'Its number in the run, from 0; of KV events the message.';
+COMMENT ON COLUMN allocation_steps.started_ns IS 'When it began; of a what-if by the recorded steps'' mean time for their tokens.';
+COMMENT ON COLUMN allocation_steps.duration_ns IS 'How long it took.';
+COMMENT ON COLUMN allocation_steps.held IS 'Blocks that requests hold.';
+COMMENT ON COLUMN allocation_steps.cached IS 'Blocks that nobody holds, kept for their contents.';
+COMMENT ON COLUMN allocation_steps.free IS 'All other blocks.';
+COMMENT ON COLUMN allocation_steps.shared IS 'Blocks that several requests hold.';
+COMMENT ON COLUMN allocation_steps.unused_slots IS 'Token slots of held blocks without a token.';
+COMMENT ON COLUMN allocation_steps.bytes_held IS 'Bytes of the held blocks; 0 where the size of a block is not known.';
+COMMENT ON COLUMN allocation_steps.running IS 'Requests in the batch.';
+COMMENT ON COLUMN allocation_steps.waiting IS 'Requests that had come and had no step yet.';
+COMMENT ON COLUMN allocation_steps.tokens IS 'Tokens processed.';
+
+CREATE TABLE allocation_requests (
+    allocation_run VARCHAR, request BIGINT, arrival_step BIGINT, first_step BIGINT,
+    last_step BIGINT, wait_steps BIGINT, wait_ns BIGINT, preemptions BIGINT, refused VARCHAR
+);
+COMMENT ON TABLE allocation_requests IS 'How each request fared.';
+COMMENT ON COLUMN allocation_requests.allocation_run IS 'The run.';
+COMMENT ON COLUMN allocation_requests.request IS 'The request.';
+COMMENT ON COLUMN allocation_requests.arrival_step IS 'The first step that could have processed it; null where its arrival is not known.';
+COMMENT ON COLUMN allocation_requests.first_step IS 'The first that did; null where it was refused.';
+COMMENT ON COLUMN allocation_requests.last_step IS 'The last that did.';
+COMMENT ON COLUMN allocation_requests.wait_steps IS 'Steps between arrival and first step.';
+COMMENT ON COLUMN allocation_requests.wait_ns IS 'Nanoseconds between the two.';
+COMMENT ON COLUMN allocation_requests.preemptions IS 'Times that it gave its blocks up.';
+COMMENT ON COLUMN allocation_requests.refused IS 'Why it was not served; null where it was.';
+
+CREATE TABLE allocation_blocks (
+    allocation_run VARCHAR, block BIGINT, request BIGINT, born_ns BIGINT, ended_ns BIGINT,
+    ended_by VARCHAR, accesses BIGINT, max_references BIGINT, kv_block_lifetime_seconds DOUBLE,
+    kv_block_idle_before_evict_seconds DOUBLE, kv_block_reuse_gap_seconds DOUBLE[]
+);
+COMMENT ON TABLE allocation_blocks IS 'Every stay of a block in the pool, from its allocation until it is free again. The quantities in seconds are those that vLLM exports under these names.';
+COMMENT ON COLUMN allocation_blocks.allocation_run IS 'The run.';
+COMMENT ON COLUMN allocation_blocks.block IS 'The block, as kv_events gives it; of a what-if from 0.';
+COMMENT ON COLUMN allocation_blocks.request IS 'The request that it was allocated to; null where that is not known.';
+COMMENT ON COLUMN allocation_blocks.born_ns IS 'When it was allocated.';
+COMMENT ON COLUMN allocation_blocks.ended_ns IS 'When it was free again; null where it was not at the end.';
+COMMENT ON COLUMN allocation_blocks.ended_by IS 'free: let go, and its contents not kept; evict: it was cached and gave way.';
+COMMENT ON COLUMN allocation_blocks.accesses IS 'Times that it was given to a request that found it there.';
+COMMENT ON COLUMN allocation_blocks.max_references IS 'The most requests that held it at once.';
+COMMENT ON COLUMN allocation_blocks.kv_block_lifetime_seconds IS 'From allocation to end.';
+COMMENT ON COLUMN allocation_blocks.kv_block_idle_before_evict_seconds IS 'From the last access, or the allocation, to the eviction; null where it was not evicted.';
+COMMENT ON COLUMN allocation_blocks.kv_block_reuse_gap_seconds IS 'Between each access and the next.';

@@ -38,6 +38,10 @@ REPLAY_TABLES = (
     "tier_tokens",
     "tier_blocks",
     "tier_moves",
+    "allocation_runs",
+    "allocation_steps",
+    "allocation_requests",
+    "allocation_blocks",
 )
 
 #: Tables computed from the arrays; derived.sql also says what made trace.duckdb.

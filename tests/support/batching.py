@@ -17,6 +17,7 @@ from transformers.generation.continuous_batching.cache_allocators import (
     SlidingAttentionCacheAllocator,
 )
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
+from transformers.generation.continuous_batching.scheduler import Scheduler
 
 from kvtrace import Trace
 from kvtrace.block_tables import block_tables
@@ -61,6 +62,7 @@ PATCHED: dict[type, tuple[str, ...]] = {
     CacheAllocator: ("fork_blocks", "free_blocks", "mark_complete_blocks"),
     FullAttentionCacheAllocator: ("allocate_cache_to_request",),
     SlidingAttentionCacheAllocator: ("allocate_cache_to_request",),
+    Scheduler: ("add_waiting_request",),
     offloading_manager.OffloadingManager: ("_offload_to_cpu", "restore_scheduled_requests"),
 }
 

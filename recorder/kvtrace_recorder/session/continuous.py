@@ -19,6 +19,7 @@ from kvtrace_recorder.messages import (
     Ended,
     ForkedRequest,
     Gap,
+    PoolInfo,
     RowlessRequest,
     Sequenced,
     StepBatch,
@@ -26,6 +27,7 @@ from kvtrace_recorder.messages import (
 )
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.paged_cache import PagedCacheState
+from kvtrace_recorder.session.paged_pool import describe
 from kvtrace_recorder.session.paged_requests import PagedRequest
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
 from kvtrace_recorder.session.step import ActiveStep
@@ -80,6 +82,10 @@ class ContinuousBatches:
         state.wanted = model is not None
         if model is None:
             state.take_events()
+        elif not state.is_described:
+            state.is_described = True
+            for columns in describe(processor):
+                self._pipeline.put(PoolInfo(model.info.key, columns))
         io = processor.inputs_and_outputs
         pairs = getattr(io, "io_pairs", None)
         io = io if pairs is None else pairs[io.current_pair].host_io
@@ -157,6 +163,7 @@ class ContinuousBatches:
         for name, request in list(state.requests.live.items()):
             if name not in scheduler.active_requests and name not in scheduler.waiting_requests:
                 state.requests.end(request)
+                state.arrivals.pop(name, None)
         self._flush(state)
 
     def finish(self) -> None:
@@ -177,7 +184,8 @@ class ContinuousBatches:
             request, past = _request(state, future)
             fork = state.requests.resume(request, past)
             if request.lost is None:
-                found.add(request, past, count, prompt_tokens(future.state), start)
+                arrived = state.arrivals.get(future.state.request_id)
+                found.add(request, past, count, prompt_tokens(future.state), start, arrived)
                 found.forks += [] if fork is None else [fork]
             else:
                 self._name(request, future)
@@ -217,14 +225,32 @@ class _Members:
     forks: list[ForkedRequest] = field(default_factory=list)
     spans: list[tuple[bool, int, int]] = field(default_factory=list)
 
-    def add(self, request: PagedRequest, past: int, count: int, prompt: int, start: int) -> None:
+    def add(
+        self,
+        request: PagedRequest,
+        past: int,
+        count: int,
+        prompt: int,
+        start: int,
+        arrived_ns: int | None,
+    ) -> None:
         """Add a request whose tokens from `past` on stand in the batch from `start` on."""
         self.real[start : start + count] = True
         index, new = len(self.requests), not request.is_known
         self.requests.append(request)
         shared = min(count, max(0, prompt - past))
         self.sequences.append(
-            Sequenced(request.request, index, past, count, new, prompt, request.external_id, shared)
+            Sequenced(
+                request.request,
+                index,
+                past,
+                count,
+                new,
+                prompt,
+                request.external_id,
+                shared,
+                arrived_ns=arrived_ns,
+            )
         )
 
 

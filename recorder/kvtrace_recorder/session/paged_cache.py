@@ -33,11 +33,20 @@ class PagedCacheState:
         self.wanted: bool | None = None
         self._events: list[CacheEvent] = []
         self._met: set[int] = set()
+        #: When the scheduler was given each request that has not ended, by the manager's id.
+        self.arrivals: dict[str, int] = {}
+        #: Whether the trace says what the pool was set to.
+        self.is_described = False
 
     def take_events(self) -> list[CacheEvent]:
         """Events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def arrived(self, name: str) -> None:
+        """The scheduler was given a request; one that it gave up once has come before."""
+        if not name.startswith(WARMUP):
+            self.arrivals.setdefault(name, time.time_ns())
 
     def meet(self, allocator: Any) -> None:
         """See an allocator, which may have handed out blocks before the recording began."""

@@ -43,11 +43,13 @@ def _looks() -> list[tuple[type, str, Look]]:
     from transformers.generation.continuous_batching.cache_allocators import CacheAllocator
     from transformers.generation.continuous_batching.continuous_api import ContinuousBatchProcessor
     from transformers.generation.continuous_batching.offloading_manager import OffloadingManager
+    from transformers.generation.continuous_batching.scheduler import Scheduler
 
     looks: list[tuple[type, str, Look]] = [
         (PagedAttentionCache, "update", _update),
         (PagedAttentionCache, "evict_cached_blocks", _evict),
         (PagedAttentionCache, "reset", _reset),
+        (Scheduler, "add_waiting_request", _arrive),
         (OffloadingManager, "_offload_to_cpu", paged_offload.offload),
         (OffloadingManager, "restore_scheduled_requests", paged_offload.restore),
         (OffloadingManager, "free_request_cpu_cache", paged_offload.free),
@@ -214,6 +216,13 @@ def _reset(session: Session, cache: Any) -> Callable[[Any], None]:
             owned = [block for group, block in state.requests.owners if group == allocator.index]
             state.forget(allocator, owned)
         state.reset(None, str(cache.device))
+
+    return after
+
+
+def _arrive(session: Session, scheduler: Any, request: Any) -> Callable[[Any], None]:
+    def after(result: Any) -> None:
+        session.batches.cache(scheduler.cache.pool).arrived(request.request_id)
 
     return after
 
