@@ -34,5 +34,5 @@ class Random(Policy):
         """New draws for every decision."""
         out = np.zeros((len(cuts.rows), block.stop))
         for c, row in enumerate(cuts.rows):
-            out[c, : row + 1] = state.random(row + 1)
+            state.random(out=out[c, : row + 1])
         return out
