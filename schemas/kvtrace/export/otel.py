@@ -19,8 +19,9 @@ from kvtrace.version import __version__
 
 #: SPAN_KIND_INTERNAL: the model runs in the recorded process.
 _INTERNAL = 1
-#: The release of the conventions whose names these are; GenAI's moved to a repository of their own.
-SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
+#: The release of the conventions whose names these are, the first that knows what a cache gave;
+#: GenAI's moved to a repository of their own later.
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.40.0"
 
 
 def export_otel(
