@@ -29,6 +29,7 @@ window.kv = window.kv || {};
                 kv.element("span", "kv-chip kv-chip-quiet", info.decide_when),
                 kv.element("span", "kv-chip kv-chip-quiet", info.exactness));
             head.lastChild.title = "Exactness class: see docs/policies.md";
+            if (info.rerotate) head.append(kv.element("span", "kv-chip kv-chip-quiet", "re-rotated"));
             this.swatch = kv.element("span", "kv-swatch");
             head.prepend(this.swatch);
             this.canvas = kv.element("canvas");

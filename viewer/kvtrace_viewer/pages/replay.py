@@ -74,6 +74,7 @@ COLUMNS = [
     number_column("kl", "KL, measured", width=116, valueFormatter=SHARE),
     number_column("agreement", "Top-1", width=80, valueFormatter=SHARE),
     number_column("ties", "Ties", width=78),
+    number_column("overlap", "Overlap", width=92, valueFormatter=SHARE),
 ]
 
 
