@@ -39,7 +39,10 @@ def test_a_range_is_one_replay_of_each(synthetic_trace: SyntheticTrace) -> None:
     assert [(r.policy, r.budget) for r in curve] == [
         (p, b) for p in ("lru", "h2o") for b in ("20%", "40%", "60%")
     ]
-    assert [r.to_json() for r in curve] == [r.to_json() for r in apart]
+    for one, other in zip(curve, apart, strict=True):
+        # Which budgets are replayed together changes the error by its rounding.
+        assert one.output_error == pytest.approx(other.output_error, rel=1e-5)
+        assert one.to_json() | {"output_error": None} == other.to_json() | {"output_error": None}
 
 
 def test_the_smallest_budget_is_followed_by_none_that_loses_more() -> None:
