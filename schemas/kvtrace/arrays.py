@@ -377,17 +377,18 @@ class RowArrayReader:
         where: Any = slice(None) if lane is None else lane
         parts: list[Array] = []
         if start < sealed:
-            parts.append(self._fetch(self._sealed, start, min(stop, sealed), where))
+            parts.append(self._fetch(self._name, self._sealed, start, min(stop, sealed), where))
         if stop > sealed and self._tail is not None:
             if stop > self._tail.shape[0]:
                 self._tail = self._open_tail()
-            parts.append(self._fetch(self._tail, max(start, sealed), stop, where))
+            tail = tail_name(self._name)
+            parts.append(self._fetch(tail, self._tail, max(start, sealed), stop, where))
         if not parts:
             return np.asarray(self._sealed[0:0, where])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _fetch(self, array: zarr.Array[Any], start: int, stop: int, where: Any) -> Array:
-        path = self._folder / array.basename
+    def _fetch(self, name: str, array: zarr.Array[Any], start: int, stop: int, where: Any) -> Array:
+        path = self._folder / name
         if stop > array.shape[0]:
             # zarr clips a slice in silence.
             raise damaged(path, f"it has {array.shape[0]} rows, row {stop - 1} was committed")

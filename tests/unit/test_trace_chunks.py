@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kvtrace import arrays
 from kvtrace.arrays import CHUNK_KEYS, fill_value
 from kvtrace.chunks import COMPRESSORS, TAIL_COMPRESSORS, ChunkEncoder
-from kvtrace.store import StoreWriter
+from kvtrace.errors import TraceError
+from kvtrace.store import StoreReader, StoreWriter
 
 TYPES = ["float16", "float32", "int32"]
 
@@ -88,3 +89,22 @@ def test_rows_that_nobody_wrote_take_no_room_and_read_as_nan(
     assert np.isnan(found[:, 0]).all()
     assert np.isnan(found[:70, 1]).all()
     assert (found[70:, 1] == 1).all()
+
+
+@pytest.mark.parametrize("name", ["x", "x.tail"])
+def test_reading_a_damaged_chunk_names_its_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(arrays, "CHUNKS_PER_SHARD", 4)
+    writer = StoreWriter(tmp_path / "s")
+    writer.declare_array("x", tail=(1, 2), dtype="float32", axes="row,layer,d")
+    writer.append_rows("x", np.arange(80, dtype="f4").reshape(40, 1, 2))
+    writer.commit()
+    (chunk,) = (tmp_path / "s/arrays.zarr" / name).glob("c.*")
+    data = bytearray(chunk.read_bytes())
+    data[3] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(TraceError, match=rf"arrays.zarr/{name} is damaged \(rows "):
+        StoreReader(tmp_path / "s").array("x").read(0, 40)
+    writer.close()
