@@ -17,14 +17,8 @@ import zarr
 from numpy.typing import NDArray
 
 from kvtrace import tables
-from kvtrace.arrays import (
-    DAMAGE,
-    TAIL,
-    RowArrayReader,
-    RowArrayWriter,
-    open_array,
-    tail_name,
-)
+from kvtrace.array_reader import DAMAGE, RowArrayReader, open_array
+from kvtrace.arrays import TAIL, RowArrayWriter, tail_name
 from kvtrace.checksums import damaged, declaration_sum, verify_file
 from kvtrace.chunks import COMPRESSORS
 from kvtrace.errors import TraceError

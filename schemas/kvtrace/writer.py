@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace import database
-from kvtrace.arrays import RowArrayReader
+from kvtrace.array_reader import RowArrayReader
 from kvtrace.clocks import ClockNotes
 from kvtrace.errors import InputError
 from kvtrace.files import sync

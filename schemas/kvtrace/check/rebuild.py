@@ -15,7 +15,8 @@ import numpy as np
 import zarr
 
 from kvtrace import tables
-from kvtrace.arrays import TAIL, RowArrayReader, tail_name
+from kvtrace.array_reader import RowArrayReader
+from kvtrace.arrays import TAIL, tail_name
 from kvtrace.check.store import StoreCheck
 from kvtrace.checksums import file_sum
 from kvtrace.errors import TraceError

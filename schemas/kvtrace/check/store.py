@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from kvtrace import tables
-from kvtrace.arrays import TAIL, RowArrayReader, open_array, tail_name
+from kvtrace.array_reader import RowArrayReader, open_array
+from kvtrace.arrays import TAIL, tail_name
 from kvtrace.check.report import Problem, Status
 from kvtrace.checksums import file_sum
 from kvtrace.errors import TraceError

@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 
 from kvtrace import tables
-from kvtrace.arrays import open_array
+from kvtrace.array_reader import open_array
 from kvtrace.database import QUIET
 from kvtrace.errors import TraceError
 from kvtrace.journal import JournalState
