@@ -38,7 +38,8 @@ tables are computed from q, k and lse, in about the time of one pass over all at
 the first query that names one of them, or a view over one. They are kept in the trace's `cache/`,
 which may be deleted, and from then on in `trace.duckdb`; before, a plain client finds them empty.
 `kvtrace sql T --derive` computes them without a question. While a trace is being recorded, tables
-show what was committed last, and derived tables are computed again when it has grown.
+show what was committed last, and derived tables are computed again, whole, when it has grown: on
+two cores under a second for the demo's 917 tokens, 72 seconds for 2.2 GB of q, k and v.
 """
 
 _TITLES = {"view": "Views", "derived": "Derived tables", "recorded": "Recorded tables"}
