@@ -26,6 +26,8 @@ SPAN = 36
 # Of assets/map.js: the room that its axes take.
 MARGIN = {"left": 78, "top": 10, "right": 64, "bottom": 94}
 TRACE = "demo.kvtrace"
+# A run of continuous batching, where there is one, for the page of blocks.
+SERVED = "served.kvtrace"
 SQL = (
     "select t.text, count(*) as times, min(t.position) as first, max(t.position) as last\n"
     "from tokens t join rows r using (request, position)\n"
@@ -79,6 +81,8 @@ def take_all(browser: Any, address: str, traces: Path, out: Path) -> None:
     take(browser, f"{address}/regret?trace={TRACE}&replay=h2o-25pct-step", out / "regret.png")
     run = tiers_run(trace)
     take(browser, f"{address}/tiers?trace={TRACE}&run={run}", out / "tiers.png", tall=500)
+    if (traces / SERVED).exists():
+        take(browser, f"{address}/blocks?trace={SERVED}&t=24", out / "blocks.png")
     browser.js(
         "history.replaceState(null, '', '/sql?' + new URLSearchParams(arguments[0]))",
         {"trace": TRACE, "q": SQL},

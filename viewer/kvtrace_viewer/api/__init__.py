@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from kvtrace.errors import KvtraceError, TraceError
-from kvtrace_viewer.api import maps, query, replays, tiers, traces
+from kvtrace_viewer.api import maps, pools, query, replays, tiers, traces
 from kvtrace_viewer.context import Context
 
 
@@ -14,7 +14,7 @@ def register(server: FastAPI, context: Context) -> None:
     """Add every route, and the answer to errors, to an application."""
     server.add_exception_handler(KvtraceError, _explain)
     server.add_api_route("/healthz", _health, include_in_schema=False)
-    for module in (traces, maps, replays, tiers, query):
+    for module in (traces, maps, replays, pools, tiers, query):
         server.include_router(module.router(context), prefix="/api")
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kvtrace_viewer.pages import attention, regret, replay, runs, sql, tiers
+from kvtrace_viewer.pages import attention, blocks, regret, replay, runs, sql, tiers
 
-PAGES = (runs, attention, replay, regret, tiers, sql)
+PAGES = (runs, attention, replay, regret, blocks, tiers, sql)
