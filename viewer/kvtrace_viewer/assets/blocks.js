@@ -21,19 +21,30 @@ window.kv = window.kv || {};
         });
         kv.byId("blocks-seek").replaceChildren(slider);
         page.slider = slider;
-        kv.byId("blocks-legend").replaceChildren(...Object.entries(kv.poolUses).map(([name, words]) => {
+        new ResizeObserver(() => draw()).observe(cards);
+        return page;
+    }
+
+    /* By request, shapes alone say what a step does with a block. */
+    const SHAPES = {
+        bar: "written by a prompt", frame: "written by decoding", dot: "shared",
+        cached: "cached, nobody holds it", free: "free",
+    };
+
+    function legend(colour) {
+        const entries = Object.entries(colour === "use" ? kv.poolUses : SHAPES);
+        kv.byId("blocks-legend").replaceChildren(...entries.map(([name, words]) => {
             const entry = kv.element("span", `kv-legend-entry kv-legend-pool-${name}`);
             entry.append(kv.element("i"), words);
             return entry;
         }));
-        new ResizeObserver(() => draw()).observe(cards);
-        return page;
     }
 
     async function update(config, chosen, colour, speed) {
         const here = mount(config);
         here.speed = Number(speed);
         here.colour = colour;
+        legend(colour);
         const runs = (chosen || []).join(" ");
         kv.setQuery({ trace: config.trace, runs, colour, speed });
         if (runs !== here.runs) {
