@@ -2,9 +2,10 @@
 
     python benchmarks/replay.py [TRACE] [--tokens 1024,4096] [--layers 2] [--cases nine,pair]
 
-Without a trace: one layer of a random-weights attention (8 query heads, 2 KV heads of 32), really
-run on token ids. F (torch, one thread) and the replays are timed in turns; printed are medians of
-the paired ratios of CPU time, and of several lengths the exponent that CPU time grows with.
+Without a trace: layer 0 of the bundled model (8 query heads, 2 KV heads of 32) over the pages of
+docs/, its q, k and v really computed (layer 0 needs no attention for them). F (torch, one thread)
+and the replays are timed in turns; printed are medians of the paired ratios of CPU time, and of
+several lengths the exponent that CPU time grows with.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
+from functools import cache
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import kvtrace
 from kvtrace.model import Layer, LayerData, Request
 from kvtrace.testing import log_sum_exp
+from kvtrace_recorder.demo import MODEL_DIR
 from kvtrace_viewer.replay import (
     Block,
     Cuts,
@@ -53,16 +59,29 @@ NINE = [
 BUDGETS = ["2%", "5%", "10%", "20%", "30%", "40%", "50%", "75%"]
 
 
-def random_weights_heads(tokens: int) -> list[Head]:
-    """KV heads of a random-weights attention layer, really run."""
-    torch.manual_seed(1)
+@cache
+def bundled_model() -> tuple[LlamaForCausalLM, torch.Tensor]:
+    """Return the model and the docs as its token ids [1, token]."""
+    pages = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+    tokenize = AutoTokenizer.from_pretrained(str(MODEL_DIR))
+    ids = tokenize("".join(page.read_text() for page in pages), return_tensors="pt").input_ids
+    return LlamaForCausalLM.from_pretrained(str(MODEL_DIR)), ids
+
+
+@cache
+def bundled_heads(tokens: int) -> list[Head]:
+    """KV heads of the bundled model's first layer over the docs' first tokens."""
+    model, ids = bundled_model()
+    layer = model.model.layers[0]
     with torch.no_grad():
-        hidden = torch.nn.Embedding(500, 256)(torch.randint(500, (tokens,)))
-        hidden = torch.nn.functional.rms_norm(
-            hidden + 0.3 * torch.randn(tokens, 256).cumsum(0), (256,)
-        )
-        q, k, v = (torch.nn.Linear(256, width)(hidden).numpy() for width in (256, 64, 64))
-    q, k, v = (x.reshape(tokens, -1, 32) for x in (3 * q, k, v))
+        hidden = model.model.embed_tokens(ids[:, :tokens])
+        tokens = hidden.shape[1]
+        normed = layer.input_layernorm(hidden)
+        projections = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+        q, k, v = (one(normed).view(1, tokens, -1, 32).transpose(1, 2) for one in projections)
+        turns = model.model.rotary_emb(hidden, torch.arange(tokens)[None])
+        q, k = apply_rotary_pos_emb(q, k, *turns)
+    q, k, v = (x[0].transpose(0, 1).contiguous().numpy() for x in (q, k, v))
     spec = Layer(0, 0, "full", 8, 2, 32, 32, 32**-0.5, None, None, False, None, 0, 0)
     data = LayerData(spec, q, k, v, log_sum_exp(q, k, spec))
     return heads_of(data, Request(0, 0, tokens, tokens // 2, None, None, 0), 1)
@@ -188,7 +207,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     lengths = [int(n) for n in args.tokens.split(",")]
-    warm = [random_weights_heads(160)]
+    warm = [bundled_heads(160)]
     for when in args.when.split(","):
         for case in args.cases.split(","):
             time_case(warm, case, when, 1)  # compiled code is read from its cache
@@ -197,7 +216,7 @@ def main() -> None:
                 layers = (
                     trace_heads(args.trace, tokens, args.layers)
                     if args.trace
-                    else [random_weights_heads(tokens)]
+                    else [bundled_heads(tokens)]
                 )
                 ratio, spent[tokens] = time_case(layers, case, when, args.repeats)
                 print(
