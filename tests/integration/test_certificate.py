@@ -28,7 +28,7 @@ from kvtrace import Trace
 from kvtrace.cli import main
 from kvtrace.errors import InputError
 from kvtrace_recorder.certificate import certify
-from kvtrace_recorder.certificate.certify import Options
+from kvtrace_recorder.certificate.certify import Options, _certify_request, _Work
 from kvtrace_recorder.certificate.enforce import Attending, as_tensors, attention_modules
 from kvtrace_viewer.replay import replay
 
@@ -116,6 +116,17 @@ def test_layers_without_a_name_are_found_by_their_number(trace: Trace, model: An
     unnamed = [replace(layer, name=None) for layer in trace.layers]
     found = attention_modules(model, unnamed)
     assert {spec.layer for spec in found.values()} == {0, 1, 2}
+
+
+def test_a_replay_that_ended_before_a_gap_is_run_as_far(trace: Trace, model: Any) -> None:
+    request = trace.requests()[0]
+    work = _Work.of(trace, {r["replay"]: r for r in trace.replays().to_pylist()}, "h2o-30pct-step")
+    assert work.last == {0: request.tokens - 1}
+    short = replace(work, last={0: PROMPT + 5})
+    (found,) = _certify_request(trace, request, [short], model, None, ONLY, lambda share: None)
+    (whole,) = certify(trace, ["h2o-30pct-step"], model, options=ONLY)
+    assert found.rows == 6
+    np.testing.assert_allclose(found.steps["kl"], whole.steps["kl"][:6], rtol=1e-4, atol=1e-7)
 
 
 def truly_evicted(model: Any, ids: torch.Tensor, evicted_at: Any, rerotate: bool = False) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,9 @@ from kvtrace.cached import cached_requests
 from kvtrace.errors import InputError
 from kvtrace.model import Layer, Request
 from kvtrace.ranks import NUMBERS_PER_RANK
-from kvtrace.rope import Rope, ropes
 from kvtrace.trace import Trace
 from kvtrace_recorder.certificate import live
-from kvtrace_recorder.certificate.enforce import as_tensors, attention_modules
+from kvtrace_recorder.certificate.enforce import as_tensors, attention_modules, known_ropes
 from kvtrace_recorder.certificate.forward import EnforcedRun, KeyCheck, teacher_forced
 from kvtrace_recorder.certificate.generation import generate_both
 from kvtrace_recorder.certificate.result import Certificate, Columns, Live, store
@@ -114,12 +113,15 @@ class _Work:
     evicted_at : int32 [row, layer, kv_head]
     requests : dict of int to int
         The first measured row of each request.
+    last : dict of int to int
+        The last: a replay ends before a gap of the trace.
     """
 
     name: str
     row: Mapping[str, Any]
     evicted_at: NDArray[np.int32]
     requests: dict[int, int]
+    last: dict[int, int]
 
     @classmethod
     def of(cls, trace: Trace, rows: Mapping[str, Mapping[str, Any]], name: str) -> _Work:
@@ -139,15 +141,17 @@ class _Work:
         steps = stored.table("replay_steps")
         measured = zip(steps["request"].to_pylist(), steps["position"].to_pylist(), strict=True)
         requests: dict[int, int] = {}
+        last: dict[int, int] = {}
         for request, position in measured:
             requests[request] = min(position, requests.get(request, position))
+            last[request] = max(position, last.get(request, position))
         if not requests:
             raise InputError(
                 f"no row of {name} follows its first cut; a certificate compares those rows;"
                 " replay a trace with decoded tokens, or with --when stream"
             )
         array = stored.array("evicted_at")
-        return cls(name, rows[name], np.asarray(array.read(0, array.shape[0])), requests)
+        return cls(name, rows[name], np.asarray(array.read(0, array.shape[0])), requests, last)
 
     def of_request(self, trace: Trace, request: Request) -> NDArray[np.int32]:
         """`evicted_at [token, layer, kv_head]` of a request.
@@ -189,14 +193,15 @@ def _certify_request(
 ) -> list[Certificate]:
     specs = trace.layers_of(request.request)
     layers = attention_modules(model, specs)
+    request = replace(request, tokens=1 + max(one.last[request.request] for one in work))
     ids = _token_ids(trace, request).to(model.device)
     check = _key_check(trace, request, specs)
-    evicted_at = {one.name: one.of_request(trace, request) for one in work}
+    evicted_at = {one.name: one.of_request(trace, request)[: request.tokens] for one in work}
     runs = {
         one.name: EnforcedRun(
             as_tensors(evicted_at[one.name], model),
             one.requests[request.request],
-            ropes=_ropes(trace, specs) if one.row["rerotate"] else None,
+            ropes=known_ropes(trace, specs) if one.row["rerotate"] else None,
         )
         for one in work
     }
@@ -276,18 +281,8 @@ def _live(
         return None, str(error)
 
 
-def _ropes(trace: Trace, specs: list[Layer]) -> dict[int, Rope]:
-    found = ropes(trace, specs)
-    if isinstance(found, str):
-        raise InputError(
-            f"{trace.path} cannot be re-rotated: {found}; a replay of a trace that can was"
-            " expected; replay it without --rerotate"
-        )
-    return found
-
-
 def _token_ids(trace: Trace, request: Request) -> torch.Tensor:
-    ids = trace.tokens(request.request)["token_id"]
+    ids = trace.tokens(request.request)["token_id"][: request.tokens]
     if ids.null_count or not len(ids):
         raise InputError(
             f"{ids.null_count} of {len(ids)} tokens of request {request.request} have no id in"

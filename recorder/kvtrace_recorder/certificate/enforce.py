@@ -13,7 +13,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from kvtrace.errors import InputError
 from kvtrace.model import Layer
-from kvtrace.rope import Rope
+from kvtrace.rope import Rope, ropes
+from kvtrace.trace import Trace
 from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.patch import Patch
 
@@ -154,6 +155,23 @@ def renumbered(k: torch.Tensor, evicted_at: torch.Tensor, rope: Rope) -> torch.T
         rope.turn(of_head, by) for of_head, by in zip(_plain(k[0]), _plain(nearer), strict=True)
     ]
     return torch.from_numpy(np.stack(turned)[None]).to(k)
+
+
+def known_ropes(trace: Trace, specs: list[Layer]) -> dict[int, Rope]:
+    """How the layers of a trace turn their keys.
+
+    Raises
+    ------
+    InputError
+        Where that is not known.
+    """
+    found = ropes(trace, specs)
+    if isinstance(found, str):
+        raise InputError(
+            f"{trace.path} cannot be re-rotated: {found}; a replay of a trace that can was"
+            " expected; replay it without --rerotate"
+        )
+    return found
 
 
 def _plain(values: torch.Tensor) -> NDArray[Any]:
