@@ -8,9 +8,11 @@ out, so it is made beside its place and renamed.
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
@@ -21,6 +23,8 @@ from kvtrace.version import __version__
 
 #: What takes DuckDB more than two seconds would draw a bar on standard output, into our JSON.
 QUIET = "set enable_progress_bar = false"
+#: What a build keeps in memory; DuckDB would take most of the machine's for a long trace.
+BUILD_MEMORY = "64MB"
 
 
 def stores_by_rank(trace: Path) -> dict[int, StoreReader]:
@@ -59,12 +63,26 @@ def _whatif_journals(trace: Path) -> list[Path]:
 
 def build(trace: Path) -> None:
     """Make `trace.duckdb` from the committed segments."""
+    try:
+        _build(trace, {"memory_limit": BUILD_MEMORY})
+    except duckdb.OutOfMemoryException:
+        # A single row may be larger than that: then as much as it takes.
+        _build(trace, {})
+
+
+def _build(trace: Path, limits: dict[str, Any]) -> None:
     final = trace / DATABASE
     # Threads of a viewer may all find it stale at once: each makes its own.
     temporary = final.with_name(f".{DATABASE}.{os.getpid()}.{threading.get_ident()}")
+    spilled = temporary.with_name(f"{temporary.name}.spilled")
     made_from = _changed_ns(trace)
     temporary.unlink(missing_ok=True)
-    with duckdb.connect() as connection:
+    config = limits | {
+        # Each thread has buffers of its own to fit into it.
+        "threads": min(4, os.cpu_count() or 1),
+        "temp_directory": str(spilled),
+    }
+    with duckdb.connect(config=config) as connection:
         connection.execute(QUIET)
         # Small blocks: a table takes whole blocks, and a short trace would be mostly air. The old
         # storage version lets clients of DuckDB 1.x open the file too.
@@ -81,6 +99,7 @@ def build(trace: Path) -> None:
         made = [__version__, tables.digest()]
         connection.execute("insert into trace_database values (?, ?)", made)
         connection.execute(tables.views())
+    shutil.rmtree(spilled, ignore_errors=True)
     # Dated by what it was made from, not by when: what came during the build makes it stale.
     os.utime(temporary, ns=(made_from, made_from))
     temporary.replace(final)

@@ -37,6 +37,7 @@ class TierOrder(BaseModel):
     load: str = "cheaper"
     overlap: bool = True
     prefetch: bool = False
+    max_batch: int = 0
 
 
 def router(context: Context) -> APIRouter:
@@ -123,6 +124,7 @@ def work(trace: Trace, order: TierOrder) -> Callable[[Callable[[float], None]], 
         load=order.load,
         overlap=order.overlap,
         prefetch=order.prefetch,
+        max_batch=order.max_batch,
     )
 
     def place(progress: Callable[[float], None]) -> list[str]:

@@ -280,10 +280,10 @@ window.kv = window.kv || {};
         progress(0);
         kv.say("tiers-start-status", "Serving…", "info");
         try {
-            const { place, overlap, prefetch, ...rest } = form;
+            const { place, overlap, prefetch, batch, ...rest } = form;
             let job = await kv.post("tiers", {
                 trace: page.config.trace, tiers: given(), ...rest,
-                overlap: overlap === "yes", prefetch: prefetch === "yes",
+                overlap: overlap === "yes", prefetch: prefetch === "yes", max_batch: Number(batch),
                 replay: place === "blocks" ? null : place,
             });
             while (job.state === "running") {
@@ -325,10 +325,10 @@ window.kv = window.kv || {};
             show();
             return kv.nothing();
         },
-        form(config, machine, place, policy, mode, load, overlap, prefetch) {
+        form(config, machine, place, policy, mode, load, overlap, prefetch, batch) {
             if (!config) return kv.nothing();
             mount(config);
-            form = { machine, place, policy, mode, load, overlap, prefetch };
+            form = { machine, place, policy, mode, load, overlap, prefetch, batch };
             const box = kv.byId("tiers-figures");
             if (!box.children.length || box.dataset.machine !== machine) inputs(machine);
             return kv.nothing();

@@ -55,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefetch", action="store_true", help="load from a request's arrival on, while it waits"
     )
     parser.add_argument(
+        "--max-batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="decode too, so many requests at once (default: 0, prompts alone)",
+    )
+    parser.add_argument(
         "--capacity",
         action="append",
         default=[],

@@ -51,6 +51,7 @@ def given_options(args: argparse.Namespace) -> Options:
         load=args.load,
         overlap=not args.no_overlap,
         prefetch=args.prefetch,
+        max_batch=args.max_batch,
     )
 
 

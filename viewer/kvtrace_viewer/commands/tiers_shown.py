@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -51,11 +51,32 @@ def show_blocks(name: str, model: ServedModel, result: TierResult, recorded: Rec
             f" p95 {ttft['p95']:.3f}; stalled {stall['total']:.1f} s of {found['span_s']:.1f} s,"
             f" computing {found['compute_s']:.1f} s"
         )
+    if found["decode"] is not None:
+        _show_decode(found["decode"])
     _show_recorded(recorded)
     _warn(result)
     for note in found["notes"]:
         out.print(f"note: {note}", markup=False)
     _show_kept(name)
+
+
+def _show_decode(found: dict[str, Any]) -> None:
+    if not found["decode_steps"]:
+        console().print("nothing is decoded: the workload does not say how much was generated")
+        return
+    ttft, gap = found["ttft_s"], found["time_per_output_token_s"]
+    console().print(
+        f"decoding too, at most {found['max_batch']} at once: {found['output_tokens_per_s']:,.1f}"
+        f" tokens/s, a step mean batch {found['mean_batch']:.1f}; time to first token mean"
+        f" {ttft['mean']:.3f} s, p95 {ttft['p95']:.3f}; between tokens mean"
+        f" {gap['mean'] * 1e3:.2f} ms, p95 {gap['p95'] * 1e3:.2f}"
+    )
+    if (l2 := found["l2"]) is not None:
+        console().print(
+            f"L2 of {human_bytes(l2['capacity'])} (arithmetic): a step reads"
+            f" {human_bytes(round(l2['bytes_per_step']))}, of which it can serve at most"
+            f" {l2['most_from_l2']:.2%}"
+        )
 
 
 def _show_recorded(recorded: RecordedTimes) -> None:

@@ -126,13 +126,18 @@ def series(trace: Trace, run: str) -> Series:
         for way in ("up", "down")
     }
     began = int(steps["started_ns"].min()) if steps else int(times[0])
+    at = steps["step"]
+    if (at > last).any():
+        # Decode steps of whole blocks are numbered behind the prompts: theirs is the time.
+        by_time = np.searchsorted(times, steps["started_ns"])
+        at = np.where(at > last, width * np.minimum(by_time, stretches - 1), at)
     return Series(
         seconds=(times - began) / 1e9,
         held=at_end,
         up=links["up"],
         down=links["down"],
-        compute=summed(steps["step"], steps["compute_ns"] / 1e9),
-        stall=summed(steps["step"], steps["stall_ns"] / 1e9),
+        compute=summed(at, steps["compute_ns"] / 1e9),
+        stall=summed(at, steps["stall_ns"] / 1e9),
     )
 
 
@@ -176,7 +181,9 @@ def residency(
     steps = rows_of(trace, "tier_steps", run)
     if not moves:
         return _nothing()
-    window = _Window.of(first, count, len(blocks["block"]), int(steps["step"].max()) + 1)
+    # Blocks move with prompts; decode steps are numbered behind them.
+    last = int(steps["step"][steps["phase"] == "prefill"].max())
+    window = _Window.of(first, count, len(blocks["block"]), last + 1)
     some = (moves["block"] >= window.first) & (moves["block"] < window.stop)
     change = np.where(moves["arrives"][some], 1, -1)
     tiers = len(levels(trace, run))

@@ -38,6 +38,12 @@ MACHINE = "h100"
 #: Value of the choice between whole blocks and the replays.
 BLOCKS = "blocks"
 
+#: Requests that decode at once.
+BATCHES = [
+    {"value": "0", "label": "Prompts alone"},
+    *({"value": str(n), "label": f"{n} at once"} for n in (1, 8, 32, 64, 128, 256)),
+]
+
 BYTES = {"function": "kvBytes(params.value)"}
 COLUMNS = [
     text_column("name", "Tier", width=110, tooltipField="source"),
@@ -71,7 +77,7 @@ def register(app: Any, context: Context, order: int) -> None:
         Input("tiers-run", "value"),
         Input("tiers-request", "value"),
     )
-    names = ("machine", "place", "policy", "mode", "load", "overlap", "prefetch")
+    names = ("machine", "place", "policy", "mode", "load", "overlap", "prefetch", "batch")
     app.clientside_callback(
         dash.ClientsideFunction("tiers", "form"),
         Output("tiers-start-status", "title"),
@@ -209,6 +215,7 @@ def runner(trace: Trace) -> Component:
             field("Gives up", select("tiers-policy", list(ORDERS), "lru", 130, "Gives up")),
             field("Moves down", select("tiers-mode", list(MODES), "evict", 130, "Moves down")),
             field("Loads", select("tiers-load", list(LOADS), "cheaper", 110, "Loads")),
+            field("Decodes", select("tiers-batch", BATCHES, "0", 150, "Decodes")),
             field("Overlap", segmented("tiers-overlap", yes_no, "yes")),
             field("Prefetch", segmented("tiers-prefetch", yes_no, "no")),
         ],

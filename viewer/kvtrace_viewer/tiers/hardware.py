@@ -12,7 +12,7 @@ from kvtrace.errors import InputError
 
 _PRICES = {"dollars_per_gb_hour", "price_source"}
 _TIER = {"name", "capacity", "read", "write", "latency", "source"} | _PRICES
-_FILE = {"name", "compute", "tier"}
+_FILE = {"name", "compute", "tier", "l2"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,14 @@ class Tier:
 
 
 @dataclass(frozen=True)
+class L2:
+    """The GPU's second-level cache: its bytes, and where the figure is from."""
+
+    capacity: int
+    source: str
+
+
+@dataclass(frozen=True)
 class Hardware:
     """The tiers of a machine, the fastest first, and how fast it computes.
 
@@ -68,11 +76,14 @@ class Hardware:
         between them.
     flops : float
         Floating point operations per second reached in prefill; 0 where unknown.
+    l2 : L2 or None
+        No tier: only the arithmetic of `decode.l2_reuse` asks for it.
     """
 
     name: str
     tiers: tuple[Tier, ...]
     flops: float = 0.0
+    l2: L2 | None = None
 
     def with_figure(self, tier: str, **figures: float) -> Hardware:
         """The same machine with other figures of one tier.
@@ -148,7 +159,11 @@ def _parse(name: str, text: str) -> Hardware:
     compute = found.get("compute", {})
     flops = _number(name, "compute.bf16_flops", compute.get("bf16_flops", 0.0), 0)
     share = _number(name, "compute.utilisation", compute.get("utilisation", 1.0), 0)
-    return Hardware(str(found.get("name", name)), tiers, flops * share)
+    l2 = found.get("l2")
+    if l2 is not None:
+        size = _number(name, "l2.capacity", l2.get("capacity"), 1)
+        l2 = L2(int(size), str(l2.get("source", "not said")))
+    return Hardware(str(found.get("name", name)), tiers, flops * share, l2)
 
 
 def _tier(name: str, number: int, one: dict[str, Any]) -> Tier:

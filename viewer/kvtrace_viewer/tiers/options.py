@@ -34,6 +34,8 @@ class Options:
         Whether the loads of a layer hide behind the computing of the layers before it.
     prefetch : bool
         Whether loads begin when a request arrives, rather than when its turn comes.
+    max_batch : int
+        Requests that decode at once; 0: prompts alone are served.
     """
 
     policy: str = "lru"
@@ -41,9 +43,14 @@ class Options:
     load: str = "cheaper"
     overlap: bool = True
     prefetch: bool = False
+    max_batch: int = 0
 
     def __post_init__(self) -> None:
         order_number(self.policy)
+        if self.max_batch < 0:
+            raise InputError(
+                f"--max-batch is {self.max_batch}; at least 0 was expected; write --max-batch 256"
+            )
         for what, known in (("mode", MODES), ("load", LOADS)):
             if getattr(self, what) not in known:
                 raise InputError(
@@ -59,4 +66,5 @@ class Options:
             "load": self.load,
             "overlap": self.overlap,
             "prefetch": self.prefetch,
+            "max_batch": self.max_batch,
         }

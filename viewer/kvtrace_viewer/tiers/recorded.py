@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,8 @@ def recorded_model(trace: Trace, own_pace: bool = True) -> ServedModel | None:
         return None
     memory = read_model(str(trace.path))
     name = str(trace.table("models")["name"][0].as_py() or memory.name)
-    pace = _prefill_ns_per_token(trace) if own_pace else None
-    return served(memory, name, pace)
+    model = served(memory, name, _prefill_ns_per_token(trace) if own_pace else None)
+    return replace(model, step_ns=_decode_step_ns(trace)) if own_pace else model
 
 
 def served(memory: ModelMemory, name: str, ns_per_token: float | None = None) -> ServedModel:
@@ -120,6 +120,13 @@ def _prefill_ns_per_token(trace: Trace) -> float | None:
     prefills = steps.filter(pc.equal(steps["phase"], "prefill"))
     tokens, took = (pc.sum(prefills[name]).as_py() for name in ("num_tokens", "duration_ns"))
     return took / tokens if tokens and took else None
+
+
+def _decode_step_ns(trace: Trace) -> float | None:
+    """Mean time of a recorded decode step, whatever its batch."""
+    steps = trace.table("steps")
+    found = pc.mean(steps.filter(pc.equal(steps["phase"], "decode"))["duration_ns"]).as_py()
+    return None if found is None else float(found)
 
 
 @dataclass(frozen=True)

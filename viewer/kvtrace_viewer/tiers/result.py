@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.blocks.stream import BlockStream
+from kvtrace_viewer.tiers.decode import Batches
 from kvtrace_viewer.tiers.hardware import Hardware
 from kvtrace_viewer.tiers.options import Options
 from kvtrace_viewer.tiers.residency import Longs
 from kvtrace_viewer.tiers.schedule import Ledger
-
-PERCENTILES = (50, 95, 99)
+from kvtrace_viewer.tiers.spread import spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,8 @@ class TierResult:
         int32 [move, 3], see `Residency.moved`.
     blocks : BlockStream
         What was served: full blocks.
+    batches : Batches or None
+        Prompts and decoding together; None where only prompts are served.
     notes : tuple of str
         What must be known to read it.
     """
@@ -57,6 +59,7 @@ class TierResult:
     request_ids: Longs
     moved: NDArray[np.int32]
     blocks: BlockStream
+    batches: Batches | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -119,20 +122,10 @@ class TierResult:
             "compute_s": float(ledger.work_ns.sum()) / 1e9,
             "span_s": span,
             "prompt_tokens_per_s": _share(float(self.prompt_tokens[self.served].sum()), span),
+            "decode": None if self.batches is None else self.batches.to_json(),
             "notes": list(self.notes),
         }
 
 
 def _share(part: float, whole: float) -> float | None:
     return part / whole if whole else None
-
-
-def spread(times: Longs) -> dict[str, float] | None:
-    """Mean and percentiles in seconds; None of nothing."""
-    if not len(times):
-        return None
-    found = {"mean": float(times.mean()) / 1e9}
-    for percent, value in zip(PERCENTILES, np.percentile(times, PERCENTILES), strict=True):
-        found[f"p{percent}"] = float(value) / 1e9
-    found["total"] = float(times.sum()) / 1e9
-    return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvtrace.errors import InputError
 from kvtrace_viewer.blocks.stream import BlockStream
 from kvtrace_viewer.tiers import schedule
+from kvtrace_viewer.tiers.decode import Batches, DecodePace, l2_reuse, serve_batches
 from kvtrace_viewer.tiers.hardware import Hardware, Tier
 from kvtrace_viewer.tiers.options import Options
 from kvtrace_viewer.tiers.order import order_number
@@ -34,6 +35,8 @@ class ServedModel:
         Computing of one prompt token where it was measured; None: from the machine's FLOPS.
     weight_bytes : float
         Bytes of the first tier that each parameter takes.
+    step_ns : float or None
+        A decode step where it was measured; None: from the first tier's bandwidth and the FLOPS.
     notes : tuple of str
         What must be known to read results, for people.
     """
@@ -44,6 +47,7 @@ class ServedModel:
     layers: int
     ns_per_token: float | None = None
     weight_bytes: float = 2.0
+    step_ns: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -124,8 +128,42 @@ def replay_tiers(
         request_ids=stream.request_ids if len(stream.request_ids) else np.arange(stream.requests),
         moved=at.moved[: at.moves[0]],
         blocks=stream,
+        batches=_batches(stream, hardware, model, options, ledger, capacities[0]),
         notes=(*stream.notes, *model.notes, *_left_out(at)),
     )
+
+
+def _batches(
+    stream: BlockStream,
+    hardware: Hardware,
+    model: ServedModel,
+    options: Options,
+    ledger: schedule.Ledger,
+    capacity: int,
+) -> Batches | None:
+    """Prompts as they were served one by one, with decoding between them."""
+    if not options.max_batch:
+        return None
+    read = hardware.tiers[0].read
+    pace = DecodePace(
+        weights_ns=model.weights / read * 1e9,
+        token_ns=model.kv_bytes_per_token / read * 1e9,
+        compute_ns=_compute_ns(hardware, model),
+        step_ns=model.step_ns or 0.0,
+    )
+    output = stream.output_tokens if len(stream.output_tokens) else np.zeros_like(ledger.start_ns)
+    found = serve_batches(
+        stream.arrival_ns,
+        np.where(ledger.end_ns < 0, -1, ledger.end_ns - ledger.start_ns),
+        stream.prompt_tokens,
+        output,
+        -(-(stream.prompt_tokens + output) // stream.block_size),
+        capacity,
+        options.max_batch,
+        pace,
+    )
+    l2 = l2_reuse(found.stretches, hardware, model.kv_bytes_per_token, model.weights, model.layers)
+    return replace(found, l2=l2)
 
 
 def _left_out(at: Residency) -> list[str]:

@@ -81,7 +81,7 @@ def block_tables(result: TierResult, model: str, recorded: RecordedTimes) -> dic
         "span_ns": [result.span_ns],
         "ttft_mean_ns": [float(ttft.mean()) if len(ttft) else None],
         "recorded_ttft_mean_ns": [recorded.ttft_s and recorded.ttft_s * 1e9],
-        "tokens_per_second": [None],
+        "tokens_per_second": [result.batches and result.batches.tokens_per_s],
         "recorded_tokens_per_second": [recorded.tokens_per_s],
     }
     moved = (("up", ledger.up[served]), ("down", ledger.down[served]))
@@ -90,17 +90,7 @@ def block_tables(result: TierResult, model: str, recorded: RecordedTimes) -> dic
     return {
         "tier_runs": run,
         "tier_levels": {**levels, "capacity_bytes": [n * size for n in result.capacities]},
-        "tier_steps": {
-            "step": np.arange(len(served)),
-            "phase": np.full(len(served), "prefill"),
-            "request": result.request_ids[served],
-            "batch_size": np.ones(len(served), np.int64),
-            "steps": np.ones(len(served), np.int64),
-            "tokens": result.prompt_tokens[served],
-            "started_ns": ledger.start_ns[served],
-            "compute_ns": ledger.work_ns[served],
-            "stall_ns": result.stall_ns,
-        },
+        "tier_steps": _block_steps(result, served),
         "tier_transfers": transfers(
             [
                 (
@@ -116,13 +106,57 @@ def block_tables(result: TierResult, model: str, recorded: RecordedTimes) -> dic
         ),
         "tier_occupancy": {
             "step": np.repeat(np.arange(len(served)), tiers),
-            "ts_ns": np.repeat(ledger.end_ns[served], tiers),
+            "ts_ns": np.repeat(_first_tokens(result)[served], tiers),
             "tier": np.tile(np.arange(tiers), len(served)),
             "bytes": (ledger.occupancy[served] * size).ravel(),
         },
         "tier_blocks": _blocks(result.blocks),
         "tier_moves": _moves(result, served),
     }
+
+
+def _block_steps(result: TierResult, served: Longs) -> Columns:
+    """Table `tier_steps`: prompts, then the decode steps between them."""
+    ledger, count = result.ledger, len(served)
+    ones = np.ones(count, np.int64)
+    prompts = {
+        "step": np.arange(count),
+        "phase": np.full(count, "prefill"),
+        "request": result.request_ids[served],
+        "batch_size": ones,
+        "steps": ones,
+        "tokens": result.prompt_tokens[served],
+        "started_ns": ledger.start_ns[served],
+        "compute_ns": ledger.work_ns[served],
+        "stall_ns": result.stall_ns,
+    }
+    if result.batches is None:
+        return prompts
+    found = result.batches.stretches
+    number = len(found.steps)
+    decoded = {
+        "step": count + np.arange(number),
+        "phase": np.full(number, "decode"),
+        "request": np.full(number, None),
+        "batch_size": found.batch,
+        "steps": found.steps,
+        "tokens": found.batch * found.steps,
+        "started_ns": found.start_ns,
+        "compute_ns": found.time_ns,
+        "stall_ns": np.zeros(number, np.int64),
+    }
+    # Decoding comes between them, so that they begin later than alone.
+    took = ledger.end_ns - ledger.start_ns
+    prompts["started_ns"] = (_first_tokens(result) - took)[served]
+    return {name: [*values, *decoded[name]] for name, values in prompts.items()}
+
+
+def _first_tokens(result: TierResult) -> Longs:
+    """When each prompt was done: with decoding where that was asked for and the request fitted."""
+    alone = result.ledger.end_ns
+    if result.batches is None:
+        return alone
+    return np.where(result.batches.first_ns < 0, alone, result.batches.first_ns)
 
 
 def _blocks(stream: BlockStream) -> Columns:

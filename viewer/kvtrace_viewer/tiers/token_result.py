@@ -12,7 +12,7 @@ from kvtrace_viewer.tiers.hardware import Hardware
 from kvtrace_viewer.tiers.options import Options
 from kvtrace_viewer.tiers.placement import HeadPlacement
 from kvtrace_viewer.tiers.recorded import RecordedSteps
-from kvtrace_viewer.tiers.result import spread
+from kvtrace_viewer.tiers.spread import spread
 
 #: Tiers of a token placement: hot and cold.
 HOT, COLD = range(2)
