@@ -152,3 +152,23 @@ def test_identity_of_the_output_error() -> None:
     np.testing.assert_allclose(o_s - o, (1 - m) * (o_s - o_e), atol=1e-6)
     want = np.linalg.norm((1 - m) * (o_s - o_e), axis=2) / np.linalg.norm(o, axis=2)
     np.testing.assert_allclose(errors, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_output_errors_of_many_pairs_are_those_of_each_row_alone(window: int | None) -> None:
+    """Sets of holders, rows in several products, and what goes between two rows."""
+    head = replace(synthetic_head(9, 60, 20), window=window)
+    block = full_block(head)
+    assert head.v is not None
+    rng = np.random.default_rng(5)
+    gone = np.where(rng.random((11, 60)) < 0.7, rng.integers(0, 60, (11, 60)), NEVER)
+    gone = np.maximum(gone, np.arange(60)).astype(np.int32)
+    pairs, rows = np.delete(np.arange(11), 4), np.arange(21, 60, 2)
+    errors = output_errors(block, gone, pairs, rows)
+    a = block.attention[:, rows].astype(np.float64)
+    full = a @ head.v
+    for p, line in zip(pairs, errors, strict=True):
+        kept = a * (gone[p] >= rows[:, None])
+        want = kept @ head.v / kept.sum(axis=2, keepdims=True) - full
+        want = np.linalg.norm(want, axis=2) / np.linalg.norm(full, axis=2)
+        np.testing.assert_allclose(line, want, rtol=1e-5, atol=1e-6)
