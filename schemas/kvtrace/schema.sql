@@ -623,3 +623,23 @@ COMMENT ON COLUMN allocation_blocks.max_references IS 'The most requests that he
 COMMENT ON COLUMN allocation_blocks.kv_block_lifetime_seconds IS 'From allocation to end.';
 COMMENT ON COLUMN allocation_blocks.kv_block_idle_before_evict_seconds IS 'From the last access, or the allocation, to the eviction; null where it was not evicted.';
 COMMENT ON COLUMN allocation_blocks.kv_block_reuse_gap_seconds IS 'Between each access and the next.';
+
+CREATE TABLE block_runs (
+    block_run VARCHAR, created_ns BIGINT, policy VARCHAR, parameters VARCHAR, capacity BIGINT,
+    block_size INTEGER, accounting VARCHAR, requests BIGINT, accesses BIGINT, hits BIGINT,
+    hit_ratio DOUBLE, error DOUBLE, evictions BIGINT
+);
+COMMENT ON TABLE block_runs IS 'One row per block policy and capacity that kvtrace blocks ran the workload through.';
+COMMENT ON COLUMN block_runs.block_run IS 'Name of its folder under whatifs/: all results of one question.';
+COMMENT ON COLUMN block_runs.created_ns IS 'When.';
+COMMENT ON COLUMN block_runs.policy IS 'The policy as the user wrote it, parameters included.';
+COMMENT ON COLUMN block_runs.parameters IS 'Every parameter, defaults too, as JSON.';
+COMMENT ON COLUMN block_runs.capacity IS 'Blocks that the cache holds.';
+COMMENT ON COLUMN block_runs.block_size IS 'Tokens of a full block.';
+COMMENT ON COLUMN block_runs.accounting IS 'What counts as an access and a hit, as JSON: see docs/blocks.md.';
+COMMENT ON COLUMN block_runs.requests IS 'Requests of the workload.';
+COMMENT ON COLUMN block_runs.accesses IS 'Accesses, in the unit of the accounting.';
+COMMENT ON COLUMN block_runs.hits IS 'Those that found their block.';
+COMMENT ON COLUMN block_runs.hit_ratio IS 'Hits over accesses; null without an access.';
+COMMENT ON COLUMN block_runs.error IS 'Twice the standard error of the ratio, where it is of a sample; null: exact.';
+COMMENT ON COLUMN block_runs.evictions IS 'Blocks evicted.';

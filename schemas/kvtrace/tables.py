@@ -38,6 +38,7 @@ REPLAY_TABLES = (
     "tier_tokens",
     "tier_blocks",
     "tier_moves",
+    "block_runs",
     "allocation_runs",
     "allocation_steps",
     "allocation_requests",

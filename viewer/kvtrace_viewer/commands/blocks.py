@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run, print."""
     from kvtrace_viewer.blocks import Accounting, read_stream, replay_blocks, replay_curves
+    from kvtrace_viewer.blocks.storage import store
 
     if not args.curve and (args.sample is not None or not args.capacity):
         raise InputError(
@@ -94,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
             " expected; add --capacity 10000, say, or --curve"
         )
     accounting = Accounting(hits=args.hits, blocks=args.blocks, unit=args.unit)
-    stream = read_stream(kvtrace.open(args.trace), args.block_size)
+    trace = kvtrace.open(args.trace)
+    stream = read_stream(trace, args.block_size)
     with progress("replaying") as tell:
         if args.curve:
             results = replay_curves(
@@ -102,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
             )
         else:
             results = replay_blocks(stream, args.policy, args.capacity, accounting, tell)
+    store(trace, results, stream.block_size)
     if args.export_vllm:
         _export(args.policy, args.export_vllm)
     if args.json:
