@@ -161,6 +161,37 @@ class LayerRows:
         return found + sum(part.values.nbytes for part in self.received)
 
 
+@dataclass
+class StackedRows:
+    """What layers that look alike saw of a batch's rows; the writer knows them from other steps.
+
+    Attributes
+    ----------
+    numbers : list of int
+        The layers.
+    q, k, v : numpy.ndarray or None
+        [layer, row, head, width], otherwise as in `LayerRows`.
+    """
+
+    numbers: list[int]
+    q: Array | None = None
+    k: Array | None = None
+    v: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.nbytes for x in (self.q, self.k, self.v) if x is not None)
+
+    def layers(self, specs: Mapping[int, LayerSpec]) -> list[LayerRows]:
+        """The rows of each layer, given the layers by number."""
+        given = {name: x for name in "qkv" if (x := getattr(self, name)) is not None}
+        return [
+            LayerRows(specs[number], **{name: x[at] for name, x in given.items()})
+            for at, number in enumerate(self.numbers)
+        ]
+
+
 @dataclass(frozen=True)
 class ForkedRequest:
     """From here on `request` is the first `tokens` tokens of `source`, itself after a crop."""
@@ -276,6 +307,11 @@ class StepBatch:
         return sum(sequence.count for step in whole for sequence in step.sequences)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of their rows."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
     def known_ids(self) -> set[int]:
         """Token ids of its steps, as far as they are known."""
         return {x for step in self.steps for x in step.token_ids or ()}
@@ -301,6 +337,8 @@ class DecodeSteps:
         [step], what each did to its cache; empty where that was to grow.
     layers : list of LayerRows
         Rows of all steps.
+    stacked : StackedRows or None
+        The same of layers that look alike, in place of `layers`.
     """
 
     model: int
@@ -314,6 +352,7 @@ class DecodeSteps:
     growth: Sequence[LayerGrowth] = ()
     events: list[list[CacheEvent]] = field(default_factory=list)
     layers: list[LayerRows] = field(default_factory=list)
+    stacked: StackedRows | None = None
 
     @property
     def num_rows(self) -> int:
@@ -321,12 +360,18 @@ class DecodeSteps:
         return len(self.token_ids)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of their rows."""
+        found = sum(layer.nbytes for layer in self.layers)
+        return found if self.stacked is None else found + self.stacked.nbytes
+
+    @property
     def known_ids(self) -> set[int]:
         """Token ids of the steps."""
         return set(self.token_ids)
 
-    def batch(self) -> StepBatch:
-        """The same, a record a step."""
+    def batch(self, specs: Mapping[int, LayerSpec]) -> StepBatch:
+        """The same, a record a step, given the layers by number."""
         steps = [
             StepRecord(
                 "decode",
@@ -345,7 +390,8 @@ class DecodeSteps:
                 zip(self.started_ns, self.duration_ns, self.token_ids, strict=True)
             )
         ]
-        return StepBatch(self.model, steps, self.layers, self.growth)
+        layers = self.layers if self.stacked is None else self.stacked.layers(specs)
+        return StepBatch(self.model, steps, layers, self.growth)
 
 
 @dataclass(frozen=True)
@@ -476,6 +522,7 @@ MESSAGES: tuple[type, ...] = (
     LayerSpec,
     Received,
     LayerRows,
+    StackedRows,
     Sequenced,
     ForkedRequest,
     LayerGrowth,

@@ -23,8 +23,8 @@ from kvtrace_recorder.writer.process import Answer, WriterProcess
 from kvtrace_recorder.writer.slabs import Slab, SlabPool
 from kvtrace_recorder.writer.thread import WriterThread
 
-#: What was held back for a batch is sent after so long, whether the batch is full or not.
-TICK_SECONDS = 0.1
+#: How often to look whether something waits for a model that does not come.
+TICK_SECONDS = 0.2
 
 _GONE = "the writer's process ended before the recording"
 QUEUE_FULL = (
@@ -86,7 +86,9 @@ class Pipeline:
         #: Bytes of rows that are not written yet.
         self.queued_bytes = 0
         self._numbers = 0
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        #: Of one lock: something to send has come, and room has.
+        self._arrived, self._changed = threading.Condition(lock), threading.Condition(lock)
         self._ended = threading.Event()
         self._stopping = self._complete = self._closed = False
         self._sources: dict[int, str] = {}
@@ -169,14 +171,14 @@ class Pipeline:
                 return
             self._numbers += 1
             self._queue.append((self._numbers, message, slabs))
-            self._changed.notify_all()
+            self._arrived.notify_all()
 
     def close(self, *, complete: bool) -> None:
         """Write what is queued, close the trace and end the writer."""
         self._ended.set()
         with self._changed:
             self._stopping, self._complete = True, complete
-            self._changed.notify_all()
+            self._arrived.notify_all()
         for thread in self._threads:
             thread.join()
         self._writer.wait()
@@ -224,7 +226,7 @@ class Pipeline:
                     return found
                 if self._stopping or self.failure is not None:
                     return None
-                self._changed.wait()
+                self._arrived.wait()
 
     def _send_texts(self, message: Message) -> None:
         if isinstance(message, ModelInfo):
@@ -290,6 +292,7 @@ class Pipeline:
                 self._lose(message, slabs)
             self._unwritten.clear()
             self._queue.clear()
+            self._arrived.notify_all()
             self._changed.notify_all()
 
     def _lose(self, message: Message, slabs: Sequence[Slab]) -> None:

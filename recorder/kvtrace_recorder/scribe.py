@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace.sequences import Fork
-from kvtrace.writer import NARROWED, TraceWriter
+from kvtrace.writer import NARROWED, LayerSpec, TraceWriter
 from kvtrace_recorder.histories import Histories
 from kvtrace_recorder.lse import row_lse
 from kvtrace_recorder.messages import (
@@ -65,7 +66,8 @@ class Scribe:
         #: By key: the model's number in the trace, and where its tokens' texts come from.
         self._models: dict[int, tuple[int, str]] = {}
         self._texts: dict[str, dict[int, str | None]] = {}
-        self._layered: dict[int, set[int]] = {}
+        #: By the model's key and their number.
+        self._layers: dict[int, dict[int, LayerSpec]] = defaultdict(dict)
         self._encoders: dict[int, int] = {}
         self._histories = Histories(self._keys_of)
         self._models_of: dict[int, int] = {}
@@ -82,7 +84,7 @@ class Scribe:
         if isinstance(message, StepBatch):
             self._write_batch(message)
         elif isinstance(message, DecodeSteps):
-            self._write_batch(message.batch())
+            self._write_batch(message.batch(self._layers[message.model]))
         elif isinstance(message, ModelInfo):
             number = self._writer.add_model(**message.columns)
             self._models[message.key] = (number, message.source)
@@ -159,11 +161,11 @@ class Scribe:
 
     def _write_rows(self, batch: StepBatch, steps: Sequence[tuple[int, StepRecord]]) -> None:
         model, source = self._models[batch.model]
-        known = self._layered.setdefault(model, set())
+        known = self._layers[batch.model]
         new = [layer.spec for layer in batch.layers if layer.spec.layer not in known]
         if new:
             self._writer.add_layers(model, sorted(new, key=lambda spec: spec.layer))
-            known.update(spec.layer for spec in new)
+            known.update((spec.layer, spec) for spec in new)
         numbers, requests, positions = _row_columns(steps)
         self._buffer("requests", _request_rows(model, steps))
         self._encoders |= {

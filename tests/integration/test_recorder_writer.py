@@ -147,6 +147,7 @@ def test_threads_that_wait_for_a_slow_writer_do_not_wait_for_ever(
     monkeypatch.setattr(Scribe, "write", slow)
     monkeypatch.setattr(held, "STEPS", 4)
     monkeypatch.setattr(pipeline, "TICK_SECONDS", 0.005)
+    monkeypatch.setattr(held, "IDLE_NS", 5_000_000)
     others = [LlamaForCausalLM(model.config).eval() for _ in range(3)]
     path = tmp_path / "a.kvtrace"
     with record(None, path, queue_bytes=2000, on_full="wait", strict=True) as recording:

@@ -19,8 +19,8 @@ import torch
 
 from kvtrace_recorder.messages import CacheEvent, DecodeSteps, Sequenced, StepRecord
 from kvtrace_recorder.session.cache_sizes import growth_of, sizes_after
-from kvtrace_recorder.session.copies import LayerParts, Part
 from kvtrace_recorder.session.keeping import Keeper
+from kvtrace_recorder.session.run_rows import LayerRun, RunRows
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.call import Call
 from kvtrace_recorder.taps.masks import CHECK_EVERY
@@ -86,23 +86,16 @@ class RunLayer:
         v = None if was.v is None else self.values
         return Taken(was.spec, q, k, v, past, Hold.KEPT, was.sinks, was.kinds)
 
-    def parts(self, first: int, steps: int) -> LayerParts | None:
-        """The rows of the first steps, which stand in the cache from `first` on; any thread."""
-        if self.taken is None:
+    def rows(self, steps: int) -> LayerRun | None:
+        """What the first steps gave, which are held no more; any thread."""
+        was = self.taken
+        if was is None:
             return None
-        found = LayerParts(self.taken.spec, self.taken.sinks, self.taken.kinds, steps=steps)
-        if self.taken.q is not None:
-            # The running step may append meanwhile.
-            some = self.queries[:steps]
-            del self.queries[:steps]
-            found.parts["q"] = [Part(torch.cat(some, dim=2).detach(), 0, steps)]
-        for kind, was, tensor in (
-            ("k", self.taken.k, self.keys),
-            ("v", self.taken.v, self.values),
-        ):
-            if was is not None and tensor is not None:
-                found.parts[kind] = [Part(tensor, first, steps)]
-        return found
+        # The running step may append meanwhile.
+        queries = self.queries[:steps]
+        del self.queries[:steps]
+        keys = None if was.k is None else self.keys
+        return LayerRun(was, queries, keys, None if was.v is None else self.values)
 
 
 class DecodeRun:
@@ -221,8 +214,8 @@ class DecodeRun:
         self.durations.append(max(0, elapsed_ns - step.tap_ns))
         return True
 
-    def take(self) -> tuple[DecodeSteps, list[LayerParts], int]:
-        """The steps that are not sent yet, their rows, and the cache's slots after them.
+    def take(self, dtype: torch.dtype) -> tuple[DecodeSteps, RunRows]:
+        """The steps that are not sent yet, and their rows in their storage type.
 
         Any thread, one at a time; the running step goes on meanwhile.
         """
@@ -239,12 +232,13 @@ class DecodeRun:
             self.growth,
             self.events[:steps],
         )
-        parts = [layer.parts(self._slot, steps) for layer in self.layers]
+        layers = [layer.rows(steps) for layer in self.layers]
+        rows = RunRows([one for one in layers if one is not None], self._slot, steps, dtype)
         for column in (self.started, self.tokens, self.events, self.durations):
             del column[:steps]
         self._position += steps
         self._slot += steps
-        return message, [one for one in parts if one is not None], self._slot
+        return message, rows
 
     def hand_over(self) -> None:
         """The running step goes on the general way."""

@@ -1,7 +1,7 @@
 """Steps that wait to be copied and sent together.
 
 A decode step is so small that the calls to copy and send it would cost more than the copies: up
-to `STEPS` of them are held, for no longer than a tick of the pipeline.
+to `STEPS` of them are held, for no longer than a live reader would notice.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kvtrace_recorder.taps.keep import DTYPES
 from kvtrace_recorder.writer.slabs import Slab
 
 #: Steps of one batch, at most.
-STEPS = 32
-#: For how long the steps of a run are held while the model goes on, and while it does not.
-RUN_NS, IDLE_NS = 150_000_000, 200_000_000
+STEPS = 64
+#: For how long steps are held while the model goes on, and while it does not.
+HELD_NS, IDLE_NS = 250_000_000, 300_000_000
 
 
 class Held:
@@ -35,7 +35,6 @@ class Held:
         self.steps: list[ActiveStep] = []
         self.layers: dict[int, LayerParts] = {}
         self._first = first
-        self.ticks = 0
 
     def takes(self, step: ActiveStep) -> bool:
         """Whether the step's rows can stand in one copy with those held."""
@@ -64,6 +63,11 @@ class Held:
                 self.layers[number] = parts
             parts.add(taken, step.length)
         step.taken = dict.fromkeys(step.taken)
+
+    @property
+    def started_ns(self) -> int:
+        """When its first step began."""
+        return self._first.record.started_ns
 
     @property
     def rows(self) -> RowChoice:
@@ -109,7 +113,8 @@ class HeldSteps:
             if held is None:
                 held = self._held[key] = Held(step)
             held.add(step)
-            if len(held.steps) == STEPS:
+            now_ns = step.record.started_ns + step.record.duration_ns
+            if len(held.steps) == STEPS or now_ns - held.started_ns > HELD_NS:
                 self._flush(key)
 
     def ended(self, run: DecodeRun, now_ns: int) -> None:
@@ -121,7 +126,7 @@ class HeldSteps:
         if id(run.entry) not in self._runs:
             with self._lock:
                 self._runs[id(run.entry)] = run
-        if len(run.durations) >= STEPS or now_ns - run.started[0] > RUN_NS:
+        if len(run.durations) >= STEPS or now_ns - run.started[0] > HELD_NS:
             self.flush(run.entry)
 
     def end_run(self, run: DecodeRun) -> None:
@@ -191,12 +196,10 @@ class HeldSteps:
                 self._flush(key)
 
     def tick(self) -> None:
-        """Copy and send what has been held for a tick; called from another thread."""
+        """Copy and send what waits for a model that does not come; called from another thread."""
         with self._lock:
-            for held in self._held.values():
-                held.ticks += 1
-            due = [key for key, held in self._held.items() if held.ticks > 1]
             before = time.time_ns() - IDLE_NS
+            due = [key for key, held in self._held.items() if held.started_ns < before]
             for key, run in self._runs.items():
                 started = run.started[:1]
                 if (started and started[0] < before) or run.cache() is None:
@@ -224,23 +227,21 @@ class HeldSteps:
         self._put(batch, [slab])
 
     def _send_run(self, run: DecodeRun) -> None:
-        message, layers, slots = run.take()
-        rows = RowChoice.plain(message.num_rows, slots)
-        nbytes = sum(parts.nbytes(rows, self._dtype) for parts in layers)
+        message, rows = run.take(self._dtype)
+        nbytes = rows.nbytes
         if not nbytes:
-            message.layers = [LayerRows(x.spec) for x in layers]
+            message.layers = rows.empty
             self._pipeline.put(message)
             return
         slab = self._pipeline.reserve(nbytes)
         if slab is None:
             self._refuse_run(run, message)
             return
-        with torch.no_grad():
-            message.layers = [x.copy(slab, rows, self._dtype) for x in layers]
+        rows.copy(slab, message)
         self._pipeline.put(message, [slab])
 
     def _refuse_run(self, run: DecodeRun, message: DecodeSteps) -> None:
-        reason, batch = self._pipeline.refusal, message.batch()
+        reason, batch = self._pipeline.refusal, message.batch({})
         self._pipeline.dropped_tokens += message.num_rows
         for record in batch.steps:
             record.fault = reason

@@ -26,7 +26,7 @@ def listening(session: Session) -> ActiveStep | None:
 
     Calls while autograd runs are those of gradient checkpointing: the step has seen them before.
     """
-    step = session.local.attending
+    step = session.attending
     if step is None or torch._C._current_graph_task_id() >= 0:
         return None
     return step
@@ -49,15 +49,19 @@ def observed(
     tracing : callable, optional
         Given the arguments instead, where torch.compile traces the call.
     """
+    local = session.local
 
     def make(original: Any) -> Any:
         @functools.wraps(original)
         def function(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             # Dynamo alone: the stages of a compiler behind it call this function, too.
-            if tracing is not None and torch.compiler.is_dynamo_compiling():
-                tracing(args, kwargs)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():
+                if tracing is not None:
+                    tracing(args, kwargs)
+                return output
+            # Most calls are inside one that another tap has seen.
+            if local.attending is None or torch.compiler.is_compiling():
                 return output
             step = listening(session)
             if step is not None:

@@ -130,9 +130,7 @@ def _drain(source: Source, scribe: Scribe, status: Callable[[], Status]) -> None
 
 
 def _size(message: Message) -> int:
-    if not isinstance(message, StepBatch | DecodeSteps):
-        return 1
-    return 1 + sum(layer.nbytes for layer in message.layers)
+    return 1 + (message.nbytes if isinstance(message, StepBatch | DecodeSteps) else 0)
 
 
 def _update(status: Status, writer: TraceWriter, scribe: Scribe) -> Status:
