@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtrace_recorder.imports import AfterImport
+from kvtrace_recorder.sigterm import end_on_sigterm
 
 if TYPE_CHECKING:
     from kvtrace_recorder.session.recording import Recording
@@ -121,6 +122,7 @@ def _record(options: dict[str, Any]) -> None:
         print(f"kvtrace: not recorded: {error}", file=sys.stderr)
     else:
         _at_exit(lambda: _close(recording))
+        end_on_sigterm(lambda: recording.__exit__(None, None, None))
 
 
 def _at_exit(call: Callable[[], None]) -> None:

@@ -118,7 +118,7 @@ CATCH = "try:\n    forever()\nexcept KeyboardInterrupt:\n    sys.exit(4)"
 @pytest.mark.parametrize(
     ("number", "first", "last", "returned", "status"),
     [
-        (signal.SIGTERM, "", "forever()", -signal.SIGTERM, "cut off"),
+        (signal.SIGTERM, "", "forever()", -signal.SIGTERM, "complete"),
         (signal.SIGTERM, EXIT_ON_TERM, "forever()", 5, "complete"),
         (signal.SIGINT, "", "forever()", 130, "cut off"),
         (signal.SIGINT, "", CATCH, 4, "complete"),
@@ -139,7 +139,7 @@ def test_a_script_that_is_sent_a_signal(
 @pytest.mark.parametrize(
     ("number", "first", "returned", "status"),
     [
-        (signal.SIGTERM, "", 128 + signal.SIGTERM, "cut off"),
+        (signal.SIGTERM, "", 128 + signal.SIGTERM, "complete"),
         (signal.SIGTERM, EXIT_ON_TERM, 5, "complete"),
         (signal.SIGHUP, "", 128 + signal.SIGHUP, "cut off"),
     ],

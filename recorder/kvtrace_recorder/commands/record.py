@@ -36,6 +36,7 @@ from kvtrace_recorder.child import (
 from kvtrace_recorder.commands.options import add_recording_options, kept
 from kvtrace_recorder.commands.summary import summary
 from kvtrace_recorder.launch import Program, parse_program, run_program
+from kvtrace_recorder.sigterm import end_on_sigterm
 
 #: A writer that outlives its program has so long before the verb goes on without it.
 SEALING_SECONDS = 10
@@ -122,9 +123,13 @@ def _run_here(program: Program, options: dict[str, Any]) -> int:
     os.environ.update(recorded_environment(options))
     try:
         recording = make_recording(options)
-        with recording:
-            outcome = run_program(program)
-            recording.complete = outcome.finished
+        undo = end_on_sigterm(lambda: recording.__exit__(None, None, None))
+        try:
+            with recording:
+                outcome = run_program(program)
+                recording.complete = outcome.finished
+        finally:
+            undo()
     finally:
         for name in (VARIABLE, "PYTHONPATH"):
             os.environ.pop(name, None)

@@ -11,7 +11,8 @@ from kvtrace.errors import TraceError
 if TYPE_CHECKING:
     from kvtrace_recorder.session.recording import Recording
 
-_lock = threading.Lock()
+# Re-entered where a signal's handler ends a recording that is just beginning or ending.
+_lock = threading.RLock()
 _active: list[Recording] = []
 _watches_forks = False
 
@@ -46,6 +47,6 @@ def _forked() -> None:
     """A child must not write into its parent's trace: neither steps nor the end of it."""
     global _lock
     # Another thread may have held it, and that thread is not here to let go.
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     if _active:
         _active.pop().leave_to_parent()

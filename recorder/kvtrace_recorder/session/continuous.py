@@ -57,7 +57,7 @@ class ContinuousBatches:
         self._open_pipeline = open_pipeline
         self._book = book
         self._local = threading.local()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._caches: weakref.WeakKeyDictionary[Any, PagedCacheState] = weakref.WeakKeyDictionary()
         #: Why continuous batching cannot be recorded here; None where it can.
         self.unseen: str | None = None

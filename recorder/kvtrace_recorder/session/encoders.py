@@ -103,7 +103,7 @@ class Encoders:
         self._held = held
         self._submit = submit
         self._recent: deque[EncoderRun] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def ran(self, step: ActiveStep, output: Any) -> None:
         """An encoder has returned: its rows wait for the decoder that reads them."""

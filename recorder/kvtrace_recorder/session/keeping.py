@@ -122,7 +122,8 @@ class Keeper:
         self.dtype = dtype
         self._itemsize = 2 if dtype == "float16" else 4
         self._note = note
-        self._lock = threading.Lock()
+        # A signal's handler may end the recording in the middle of this.
+        self._lock = threading.RLock()
         self._level = 0
         self._spent = 0
         self._share = 0.0

@@ -74,7 +74,8 @@ class SlabPool:
     """Makes slabs and takes them back; any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A signal's handler may end the recording in the middle of this.
+        self._lock = threading.RLock()
         self._free: dict[int, list[Slab]] = {}
         self._free_bytes = 0
         self._made = 0

@@ -1,0 +1,53 @@
+"""SIGTERM is how a server is stopped: its trace is whole, where the end can still be written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+
+def end_on_sigterm(finish: Callable[[], object]) -> Callable[[], None]:
+    """Where SIGTERM would end this process, call `finish` first; it then ends as it would have.
+
+    A program's own handler is left alone, and may take this one's place at any time (a server's
+    does, and raises the signal again once it has shut down). A child that the program forks ends
+    as it would without this.
+
+    Parameters
+    ----------
+    finish : callable
+        Called in the main thread, wherever that was; its errors are printed.
+
+    Returns
+    -------
+    callable
+        Puts back what was there.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()
+    if before is not signal.SIG_DFL or not is_main:
+        return lambda: None
+    pid = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # First of all: a second SIGTERM is not made to wait.
+        signal.signal(number, signal.SIG_DFL)
+        try:
+            if os.getpid() == pid:
+                finish()
+        except Exception as error:  # noqa: BLE001 - the process ends as it was told to
+            print(f"kvtrace: the trace's end was not written: {error}", file=sys.stderr)
+        finally:
+            os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
+
+    def undo() -> None:
+        if signal.getsignal(signal.SIGTERM) is end:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    return undo
