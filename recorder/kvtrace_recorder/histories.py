@@ -37,6 +37,12 @@ class Histories:
         """The history of a request in a layer; empty where there was none."""
         return self._keys.setdefault(request, {}).setdefault(layer, KeyHistory())
 
+    def forget(self, request: int, layer: int) -> None:
+        """Forget the keys of one layer, which nothing further needs."""
+        self._keys.get(request, {}).pop(layer, None)
+        if not self._keys.get(request):
+            self._keys.pop(request, None)
+
     def add_rows(self, request: int, rows: Ids) -> None:
         """Note which rows come next in a request; their keys are added layer by layer."""
         self._sequences.extend(request, rows)

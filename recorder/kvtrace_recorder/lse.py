@@ -80,6 +80,7 @@ def row_lse(
     positions: Positions,
     spec: LayerSpec,
     sinks: Float | None = None,
+    received: Float | None = None,
 ) -> Float:
     """Log-sum-exp of some rows of a request.
 
@@ -95,6 +96,9 @@ def row_lse(
         Gives scale, softcap, window, ALiBi's slopes and whether the layer is causal.
     sinks : numpy.ndarray, optional
         [q_head], a further logit in each head's softmax.
+    received : numpy.ndarray, optional
+        [q_head, key] of the history's keys; what they receive from these rows, after the softmax,
+        is added.
 
     Returns
     -------
@@ -120,8 +124,12 @@ def row_lse(
             scores: Float = product.reshape(stop - start, group, end - begin)
             _bend(scores, spec, slice(head * group, (head + 1) * group), at, begin)
             _hide(scores, low - begin, high - begin)
-            extra = None if sinks is None else sinks[head * group : (head + 1) * group]
-            found[head, start:stop] = _log_sum_exp(scores, extra)
+            mine = slice(head * group, (head + 1) * group)
+            top, total = _exponentials(scores, None if sinks is None else sinks[mine])
+            found[head, start:stop] = top + np.log(total)
+            if received is not None:
+                for one in range(group):
+                    received[mine][one, begin:end] += (1 / total[:, one]) @ scores[:, one]
     return np.ascontiguousarray(found.transpose(1, 0, 2)).reshape(rows, q_heads)
 
 
@@ -164,8 +172,12 @@ def _hide(scores: Float, low: Positions, high: Positions) -> None:
         np.copyto(scores[:, :, :early], -np.inf, where=hidden[:, None, :])
 
 
-def _log_sum_exp(scores: Float, sinks: Float | None) -> Float:
-    """[row, head] of scores [row, head, key], which are overwritten, and a further logit a head."""
+def _exponentials(scores: Float, sinks: Float | None) -> tuple[Float, Float]:
+    """Largest logit and sum of exponentials, [row, head] both, of scores [row, head, key].
+
+    The scores become their exponentials, relative to the largest; `sinks` is a further logit a
+    head.
+    """
     top = scores.max(axis=2)
     if sinks is not None:
         top = np.maximum(top, sinks[None, :])
@@ -174,4 +186,4 @@ def _log_sum_exp(scores: Float, sinks: Float | None) -> Float:
     total = np.exp(scores, out=scores).sum(axis=2)
     if sinks is not None:
         total += np.exp(sinks[None, :] - top)
-    return np.asarray(top + np.log(total), np.float32)
+    return np.asarray(top, np.float32), np.asarray(total, np.float32)

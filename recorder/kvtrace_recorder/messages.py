@@ -118,6 +118,25 @@ class Received:
     values: Array
 
 
+@dataclass(frozen=True)
+class Summed:
+    """A request of which what its prompt's keys receive is summed, over the rows of a step.
+
+    Attributes
+    ----------
+    request : int
+        Number of the request.
+    rows : int
+        Rows of the prompt in the step.
+    ends : bool
+        Whether the prompt ends with them.
+    """
+
+    request: int
+    rows: int
+    ends: bool
+
+
 @dataclass
 class LayerRows:
     """What one attention layer saw of a batch's rows, in the trace's storage type.
@@ -140,7 +159,12 @@ class LayerRows:
     key_norm, value_norm : numpy.ndarray or None
         [row, kv_head] float32.
     received : list of Received
-        Where not every query is kept.
+        Where not every query is kept, and it was summed where the model runs.
+    summed : list of Summed
+        Requests of which the writer is to sum what their prompts' keys received. Then q and k are
+        of all rows.
+    only_summed : list of str
+        Of q and k what is not kept further.
     """
 
     spec: LayerSpec
@@ -152,6 +176,8 @@ class LayerRows:
     key_norm: Array | None = None
     value_norm: Array | None = None
     received: list[Received] = field(default_factory=list)
+    summed: Sequence[Summed] = ()
+    only_summed: Sequence[str] = ()
 
     @property
     def nbytes(self) -> int:
@@ -521,6 +547,7 @@ MESSAGES: tuple[type, ...] = (
     Vocabulary,
     LayerSpec,
     Received,
+    Summed,
     LayerRows,
     StackedRows,
     Sequenced,

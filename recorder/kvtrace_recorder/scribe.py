@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kvtrace.sequences import Fork
 from kvtrace.writer import NARROWED, LayerSpec, TraceWriter
 from kvtrace_recorder.histories import Histories
-from kvtrace_recorder.lse import row_lse
+from kvtrace_recorder.lse import KeyHistory, row_lse
 from kvtrace_recorder.messages import (
     CacheChange,
     CacheEvent,
@@ -27,6 +27,7 @@ from kvtrace_recorder.messages import (
     ModelInfo,
     Outputs,
     PoolInfo,
+    Received,
     RowlessRequest,
     Sequenced,
     StepBatch,
@@ -214,22 +215,33 @@ class Scribe:
             if given is None:
                 continue
             values, narrowed = finite_float16(given)
+            arrays[kind] = values
+            if kind in layer.only_summed:
+                continue
             if narrowed:
                 self._note(f"{kind} values", narrowed, NARROWED, number)
             self.nbytes += values.nbytes
-            arrays[kind] = values
         q, k = arrays.get("q"), arrays.get("k")
-        queries = Queries(q, has_query, positions)
+        # What is summed over a prompt takes the queries of all its rows.
+        with_query = np.ones_like(has_query) if layer.summed else has_query
+        queries = Queries(q, with_query, positions)
+        received = list(layer.received)
         if layer.spec.attention_kind == "cross":
             arrays["lse"] = self._cross_lse(layer, queries, k, shares, number)
         elif k is not None:
-            found = self._lse(layer, queries, k, shares, number)
-            arrays["lse"] = arrays.get("lse", found)
+            found, summed = self._lse(layer, queries, k, shares, number)
+            received += summed
+            if found is not None and "lse" not in arrays and "q" not in layer.only_summed:
+                arrays["lse"] = found[has_query]
+        if layer.summed and q is not None:
+            arrays["q"] = q[has_query]
+        for kind in layer.only_summed:
+            arrays.pop(kind, None)
         self._writer.append_layer(model, layer.spec.layer, **arrays)
-        for received in layer.received:
-            stop = received.first + len(received.values)
-            rows = self._histories.rows(received.request)[received.first : stop]
-            self._writer.add_received(model, layer.spec.layer, rows, received.values)
+        for one in received:
+            stop = one.first + len(one.values)
+            rows = self._histories.rows(one.request)[one.first : stop]
+            self._writer.add_received(model, layer.spec.layer, rows, one.values)
 
     def _lse(
         self,
@@ -238,18 +250,31 @@ class Scribe:
         k: NDArray[Any],
         shares: Mapping[int, Index],
         number: int,
-    ) -> NDArray[np.float32] | None:
+    ) -> tuple[NDArray[np.float32] | None, list[Received]]:
+        """[row, q_head] of all rows, NaN for those without; and what prompts' keys received."""
         found = np.full((len(k), layer.spec.num_q_heads), np.nan, np.float32)
+        summed = {one.request: one for one in layer.summed}
+        received = []
         for request, share in shares.items():
+            if "k" in layer.only_summed and request not in summed:
+                continue
             history = self._histories.of(request, layer.spec.layer)
             if history.tokens != int(queries.positions[share][0]):
                 self._note("lse", len(k[share]), KEYS_GONE, number)
                 continue
             history.extend(k[share])
             q, rows, positions = queries.of(share)
-            if q is not None and len(q) and layer.lse is None:
+            if q is None or not len(q) or layer.lse is not None:
+                continue
+            one = summed.get(request)
+            if one is None:
                 found[rows] = row_lse(q, history, positions, layer.spec, layer.sinks)
-        return None if queries.q is None else found[queries.has_query]
+                continue
+            found[rows], values = row_sums(q, history, positions, layer, one.rows)
+            received.append(Received(request, 0, values))
+            if one.ends and "k" in layer.only_summed:
+                self._histories.forget(request, layer.spec.layer)
+        return (None if queries.q is None else found), received
 
     def _cross_lse(
         self,
@@ -444,3 +469,28 @@ def _event_rows(number: int | None, events: Sequence[CacheEvent]) -> dict[str, I
     found: dict[str, Iterable[Any]] = dict(zip(CacheEvent._fields, columns, strict=True))
     found["bytes"] = found.pop("nbytes")
     return {**found, "step": [number] * len(events)}
+
+
+def row_sums(
+    q: NDArray[Any],
+    history: KeyHistory,
+    positions: NDArray[np.int64],
+    layer: LayerRows,
+    prompt: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Log-sum-exps [row, q_head] of a request's rows, and what keys received from the first.
+
+    Parameters
+    ----------
+    prompt : int
+        Rows of the prompt, which come first: [key, q_head] is what its keys received from them.
+    """
+    received = np.zeros((layer.spec.num_q_heads, history.tokens), np.float32)
+    found = row_lse(
+        q[:prompt], history, positions[:prompt], layer.spec, layer.sinks, received=received
+    )
+    if prompt < len(q):
+        rest = row_lse(q[prompt:], history, positions[prompt:], layer.spec, layer.sinks)
+        found = np.concatenate([found, rest])
+    stop = int(positions[prompt - 1]) + 1
+    return found, np.ascontiguousarray(received[:, :stop].T)

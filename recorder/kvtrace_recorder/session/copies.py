@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import LayerRows
+from kvtrace_recorder.messages import LayerRows, Summed
 from kvtrace_recorder.session.held_lse import held_lse
 from kvtrace_recorder.session.requests import Bools
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
@@ -109,11 +109,13 @@ class LayerParts:
     parts: dict[str, list[Part]] = field(default_factory=dict)
     sums: list[Sums | None] = field(default_factory=list)
     steps: int = 0
+    summed: tuple[Summed, ...] = ()
 
     def add(self, taken: Taken, length: int) -> None:
         """Add a step's rows."""
         self.steps += 1
         self.sums.append(taken.sums)
+        self.summed += taken.summed
         for kind, tensor in (("q", taken.q), ("k", taken.k), ("v", taken.v)):
             if tensor is None:
                 continue
@@ -144,7 +146,7 @@ class LayerParts:
         """Room that the rows take in a slab."""
         spec, size = self.spec, dtype.itemsize
         rooms = {
-            "q": rows.queries * spec.num_q_heads * spec.head_dim * size,
+            "q": self._queries(rows)[0] * spec.num_q_heads * spec.head_dim * size,
             "k": rows.count * spec.num_kv_heads * spec.head_dim * size,
             "v": rows.count * spec.num_kv_heads * spec.value_dim * size,
             "key_norm": rows.count * spec.num_kv_heads * 4,
@@ -158,9 +160,14 @@ class LayerParts:
     @property
     def _written(self) -> list[str]:
         """Kinds that have rows."""
-        return [
-            kind for kind, source in SOURCES.items() if kind in self.kinds and source in self.parts
-        ]
+        kinds = self.kinds | ({"q", "k"} if self.summed else set())
+        return [kind for kind, source in SOURCES.items() if kind in kinds and source in self.parts]
+
+    def _queries(self, rows: RowChoice) -> tuple[int, torch.Tensor | None]:
+        """How many queries are copied, and which; None for all."""
+        if self.summed:
+            return rows.count, rows.keep
+        return rows.queries, rows.keep_queries
 
     def copy(self, slab: Slab, rows: RowChoice, dtype: torch.dtype) -> LayerRows:
         """Copy the rows into a slab.
@@ -178,7 +185,7 @@ class LayerParts:
         for kind in self._written:
             ordered = self._ordered(SOURCES[kind])
             if kind == "q":
-                found[kind] = _copy(ordered, slab, rows.queries, rows.keep_queries, dtype)
+                found[kind] = _copy(ordered, slab, *self._queries(rows), dtype)
             elif kind in ("k", "v"):
                 found[kind] = _copy(ordered, slab, rows.count, rows.keep, dtype)
             else:
@@ -188,7 +195,13 @@ class LayerParts:
         if self._is_summed_here(rows) and (lse := self._lse(rows, dtype)) is not None:
             sums["lse"] = _copy(lse, slab, rows.queries, rows.keep_queries, torch.float32)[:, :, 0]
         sinks = None if self.sinks is None else self.sinks.detach().float().cpu().numpy()
+        if self.summed:
+            sums["summed"] = self.summed
+            sums["only_summed"] = sorted({"q", "k"} - self._kept(rows))
         return LayerRows(self.spec, **found, sinks=sinks, **sums)
+
+    def _kept(self, rows: RowChoice) -> frozenset[str]:
+        return self.kinds if rows.queries else self.kinds - {"q"}
 
     def _is_summed_here(self, rows: RowChoice) -> bool:
         """Whether the rows' log-sum-exps are computed from the keys held."""

@@ -70,7 +70,9 @@ class RunLayer:
                 mine is None or mine is given
                 for mine, given in ((taken.q, call.q), (taken.k, call.k), (taken.v, call.v))
             )
-            same = taken.hold is Hold.KEPT and taken.sums is None and not call.nth
+            same = (
+                taken.hold is Hold.KEPT and taken.sums is None and not taken.summed and not call.nth
+            )
             if not whole or not same or taken.spec.sliding_window:
                 return None
         is_static = call.k.shape[2] != step.past + 1

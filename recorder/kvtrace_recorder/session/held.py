@@ -42,6 +42,7 @@ class Held:
         return (
             len(self.steps) < STEPS
             and not step.record.forks
+            and not (step.summed or first.summed)
             and step.keeps == first.keeps
             and step.model is first.model
             and step.cache is first.cache

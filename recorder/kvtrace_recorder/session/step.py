@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import LayerRows, StepRecord
+from kvtrace_recorder.messages import LayerRows, StepRecord, Summed
 from kvtrace_recorder.session.keeping import Plan
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import Bools, CacheEntry
@@ -57,6 +57,8 @@ class Taken:
         What is written of the rows: of q, k, v, key_norm, value_norm.
     sums : Sums or None
         What was computed of the rows.
+    summed : tuple of Summed
+        What the writer is to compute of them: then q and k are given, kept or not.
     """
 
     spec: LayerSpec
@@ -68,6 +70,7 @@ class Taken:
     sinks: torch.Tensor | None
     kinds: frozenset[str]
     sums: Sums | None = None
+    summed: tuple[Summed, ...] = ()
 
     def own(self, length: int) -> None:
         """Copy the step's tokens on their device; nothing else is held of the call any more."""
@@ -113,6 +116,8 @@ class ActiveStep:
         What the step keeps; decided at its first attention call.
     kept_bytes : int
         What that takes in the trace.
+    summed : tuple of Summed or None
+        As in `Taken`, of every layer; None before it is known.
     tap_ns : int
         Time spent in taps, which is not the model's.
     checked : set
@@ -158,6 +163,7 @@ class ActiveStep:
     slabs: list[Slab] = field(default_factory=list)
     keeps: Plan | None = None
     kept_bytes: int = 0
+    summed: tuple[Summed, ...] | None = None
     tap_ns: int = 0
     checked: set[tuple[Any, ...]] = field(default_factory=set)
     is_packed: bool = False

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kvtrace.model import number_text
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import Received, Sequenced
+from kvtrace_recorder.messages import Received, Sequenced, Summed
 from kvtrace_recorder.selection import Queries
 from kvtrace_recorder.session.keeping import Keeper, Plan
 from kvtrace_recorder.session.step import ActiveStep
@@ -178,6 +178,26 @@ def norms(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return found
 
 
+def summed_prompts(step: ActiveStep, keeper: Keeper, call: Call) -> tuple[Summed, ...]:
+    """Of which requests the writer is to sum what their prompts' keys receive: on a CPU, of all.
+
+    There a sum where the model runs would cost it one more attention.
+    """
+    if step.summed is None:
+        plan = step.keeps
+        wanted = plan is not None and plan.sums and not is_off_host(call.q)
+        step.summed = tuple(
+            Summed(
+                s.request,
+                min(s.count, s.prompt_tokens - s.position),
+                s.position + s.count >= s.prompt_tokens,
+            )
+            for s in step.record.sequences
+            if wanted and 0 <= s.position < s.prompt_tokens and keeper.sums(s.request, s.position)
+        )
+    return step.summed
+
+
 def sum_rows(
     step: ActiveStep,
     keeper: Keeper,
@@ -201,10 +221,10 @@ def sum_rows(
         None where there is nothing to compute.
     """
     plan = step.keeps
-    if plan is None:
+    if plan is None or not is_off_host(call.q):
         return None
     # Of a paged cache the kernel gets only the step's own keys: the writer has the others.
-    on_host = not is_off_host(call.q) or step.is_packed or "q" not in plan.kinds
+    on_host = step.is_packed or "q" not in plan.kinds
     on_host = on_host or not step.is_large
     prompts = any(s.position < s.prompt_tokens for s in step.record.sequences)
     if on_host and not (plan.sums and prompts):

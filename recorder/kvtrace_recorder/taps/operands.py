@@ -20,6 +20,7 @@ from kvtrace_recorder.taps.keep import (
     kinds_of,
     of_heads,
     sum_rows,
+    summed_prompts,
 )
 from kvtrace_recorder.taps.masks import check_mask
 from kvtrace_recorder.taps.packed_masks import check_packed_mask
@@ -84,16 +85,18 @@ def _take(
     sinks = call.extra.get("s_aux")
     if sinks is not None:
         sinks = of_heads(sinks[None, :, None], spec, queries=True)[0, :, 0]
+    summed = summed_prompts(step, keeper, call) if kinds else ()
     return Taken(
         spec,
-        call.q if "q" in kinds else None,
-        call.k if kinds & {"k", "key_norm"} else None,
+        call.q if summed or "q" in kinds else None,
+        call.k if summed or kinds & {"k", "key_norm"} else None,
         call.v if kinds & {"v", "value_norm"} else None,
         first,
         _hold(step, index),
         sinks,
         kinds,
         sum_rows(step, keeper, spec, call, offset, sinks) if kinds else None,
+        summed,
     )
 
 
