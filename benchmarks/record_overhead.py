@@ -1,6 +1,7 @@
 """What recording costs the model: paired runs, one torch thread, the writer at work meanwhile.
 
     python benchmarks/record_overhead.py [--repeats 7] [--device cpu|cuda] [--json FILE]
+    python benchmarks/record_overhead.py --models bundled --workloads decode --arms events,qkv
 
 Every repeat times the plain model and the same run under each arm in turn, so that a drift of the
 machine falls on both; printed are the median of the paired ratios and their quartiles. Arms:
@@ -135,11 +136,14 @@ def seconds(run: Callable[[], None]) -> float:
 
 @contextmanager
 def recording(model: Any, detail: str, result: Result, warm: Callable[[], None]) -> Iterator[None]:
-    """A recording that has seen the model run once; how long it took to open and to close."""
+    """A recording that has written a first run; how long it took to open and to close."""
     folder = Path(tempfile.mkdtemp())
     recorder = record(model, folder / "a.kvtrace", detail=detail, on_full="wait", progress=False)
     result.open_s.append(seconds(recorder.__enter__))
     warm()
+    # The tokenizer is loaded for the first tokens, once a recording, in a thread of its own.
+    while not recorder.rows:
+        time.sleep(0.05)
     yield
     result.close_s.append(seconds(lambda: recorder.__exit__(None, None, None)))
     trace = kvtrace.open(folder / "a.kvtrace")
@@ -185,10 +189,18 @@ def arms(model: Any, eager: Any, result: Result, warm: Callable[[Any], None]) ->
     return sinkvis.AttentionCapture(eager), eager, {"output_attentions": True}
 
 
-def measure(name: str, make: Callable[[str], Any], batch: int, chosen: list[str], repeats: int):  # type: ignore[no-untyped-def]
+def measure(
+    name: str,
+    make: Callable[[str], Any],
+    batch: int,
+    chosen: list[str],
+    workloads: list[str],
+    repeats: int,
+) -> Iterator[Result]:
     model, eager = make("sdpa"), make("eager")
     works: dict[str, Callable[..., None]] = {"decode": decode, "prefill": prefill}
-    for workload, work in works.items():
+    for workload in workloads:
+        work = works[workload]
         results = [Result(name, f"{workload} x{batch}", arm) for arm in chosen]
 
         def warm(given: Any, workload: str = workload) -> None:
@@ -255,6 +267,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--arms", default="events,summary,qkv,neighbour,output_attentions,sinkvis")
     parser.add_argument("--models", default="bundled,llama-8x512")
+    parser.add_argument("--workloads", default="decode,prefill")
     parser.add_argument("--json", metavar="FILE", help="the numbers of every run")
     args = parser.parse_args()
     disable_progress_bar()
@@ -272,7 +285,7 @@ def main() -> None:
         cases = [("llama-8b", llama_8b, batch) for batch in (1, 32)]
     results: list[Result] = []
     for name, make, batch in cases:
-        results += measure(name, make, batch, chosen, args.repeats)
+        results += measure(name, make, batch, chosen, args.workloads.split(","), args.repeats)
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread")
     show(results)
     if args.json:
