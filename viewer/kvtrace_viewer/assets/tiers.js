@@ -35,9 +35,10 @@ window.kv = window.kv || {};
             trace: here.config.trace, run: here.name, request: here.isTokens ? here.request : null,
             first: here.count === null ? null : here.first, count: here.count,
         });
+        kv.byId("tiers-results").hidden = !here.name;
         if (!here.name) {
-            kv.say(STATUS, "No run yet: start one below, or with kvtrace tiers.", "info");
-            draw();
+            const command = `kvtrace tiers ${here.config.trace}`;
+            kv.say(STATUS, `No run yet: serve the trace from a machine below, or with ${command}`, "info");
             return;
         }
         try {
@@ -79,7 +80,9 @@ window.kv = window.kv || {};
             swatch.style.background = run.colours[number];
             entry.append(swatch, tier.name);
             return entry;
-        }));
+        }), kv.element("span", "kv-note", page.isTokens
+            ? "mixed: some layers and KV heads here, some there"
+            : "mixed: several blocks a row"));
         const { first, count, size, shape } = page.map;
         const last = Math.min(count, first + shape[0] * size);
         const what = page.isTokens ? "tokens" : "blocks";

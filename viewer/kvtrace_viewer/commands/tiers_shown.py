@@ -19,7 +19,8 @@ def show_blocks(name: str, model: ServedModel, result: TierResult, recorded: Rec
     out = console()
     found = result.to_json()
     out.print(
-        f"{found['requests']:,} requests on {found['hardware']}, blocks of"
+        f"{found['requests']:,} request{'' if found['requests'] == 1 else 's'} on"
+        f" {found['hardware']}, blocks of"
         f" {human_bytes(result.block_bytes)} ({model.name})",
         markup=False,
     )

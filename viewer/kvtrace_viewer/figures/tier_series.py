@@ -33,7 +33,7 @@ def traffic(
                 # Upwards and downwards are told by the side.
                 signed = [sign * value for value in values]
                 data.append(_line(f"{way} {name}", seconds, signed, style, "%{y:.3s}B"))
-    return _figure(data, "bytes moved", scheme)
+    return _figure(data, "bytes down (below 0), up", scheme)
 
 
 def waiting(seconds: Numbers, compute: Numbers, stall: Numbers, scheme: str) -> dict[str, Any]:

@@ -132,6 +132,14 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
             className="kv-toolbar",
         ),
         status_line("tiers-status"),
+        html.Div(results(), id="tiers-results", hidden=chosen is None),
+        runner(trace),
+    ]
+
+
+def results() -> list[Component]:
+    """What is shown of a run; hidden while there is none."""
+    return [
         panel(
             "Who lies where",
             html.Div(
@@ -150,7 +158,6 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
             className="kv-tiers-figures",
         ),
         table(),
-        runner(trace),
     ]
 
 
