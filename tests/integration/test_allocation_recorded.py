@@ -58,7 +58,7 @@ def test_the_verb_sweeps_and_keeps_what_it_found(
     model, path = build(), tmp_path / "a.kvtrace"
     with record(model, path, detail="events", strict=True):
         generate(model, prompts(18, 15, 17, 16), new=14, num_blocks=20)
-    given = [str(path), "--pool", "6,20,64", "--policy", "all,lru", "--json"]
+    given = [str(path), "--pool", "7,20,64", "--policy", "all,lru", "--json"]
     assert kvtrace.cli.main(["allocation", *given]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [one["kind"] for one in found] == ["recorded"] + ["what-if"] * 6
@@ -66,7 +66,7 @@ def test_the_verb_sweeps_and_keeps_what_it_found(
     assert same["settings"]["pool"] == recorded["pool"] == 20
     for number in ("preemptions", "evictions", "steps", "peak_blocks", "wait_steps_mean"):
         assert same[number] == recorded[number]
-    assert all("the pool has 6" in reason for reason in found[1]["refused"])
+    assert all("the pool has 7" in reason for reason in found[1]["refused"])
     assert found[1]["refused"]
     assert found[5]["preemptions"] == 0
     rows = kvtrace.open(path).sql(
