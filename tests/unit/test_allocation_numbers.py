@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def history() -> PoolHistory:
         **lanes,
         arrival_step={0: 0, 1: 0, 2: 2},
     )
+
+
+def test_a_shared_prefix_is_full_before_its_request_runs(history: PoolHistory) -> None:
+    later = history.part_step + ((history.part_request == 1) & (history.part_step == 1))
+    found = occupancy(replace(history, part_step=later))
+    # Of the blocks of request 1 at step 1, the shared one is full and the other is empty.
+    assert found.unused_slots[1] == 1 + 4
 
 
 def test_occupancy_is_that_of_each_step(history: PoolHistory) -> None:

@@ -54,6 +54,7 @@ def occupancy(history: PoolHistory) -> Occupancy:
         history.kind,
         dense[:events],
         history.block,
+        history.index,
         history.part_step,
         dense[events:],
         history.part_past + history.part_count,
@@ -101,6 +102,7 @@ def _follow(
     kind: Ints,
     request: Ints,
     block: Ints,
+    index: Ints,
     part_step: Ints,
     part_request: Ints,
     length_after: Ints,
@@ -155,6 +157,9 @@ def _follow(
                         cached += 1
                 if table[r] == 0:
                     length[r] = 0
+            # A prefix that is shared is full before the request's own first token.
+            if k == SHARE and length[r] == index[event - 1] * block_size:
+                length[r] += block_size
             unused += max(0, table[r] * block_size - length[r])
         while part < len(part_step) and part_step[part] <= step:
             r = part_request[part]

@@ -124,9 +124,11 @@ class PoolResult:
             "peak_shared_blocks": int(pool.shared.max(initial=0)),
             "internal_fragmentation": _mean(pool.internal_fragmentation(history.block_size)),
             "wait_steps_mean": _mean(waits[:, 0]),
+            "wait_steps_p95": float(np.percentile(waits[:, 0], 95)) if len(waits) else None,
             "wait_steps_max": int(waits[:, 0].max()) if len(waits) else None,
             "wait_s_mean": _mean(waits[:, 1] / 1e9),
             "span_s": self.span_s,
+            "tokens_per_s": int(pool.tokens.sum()) / self.span_s if self.span_s else None,
             **metrics(self.stays),
             "notes": list(history.notes),
         }
