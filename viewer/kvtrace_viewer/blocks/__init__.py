@@ -6,6 +6,7 @@
 
 from kvtrace_viewer.blocks.accounting import Accounting
 from kvtrace_viewer.blocks.curve import LRUCurve, lru_curve, sampled_lru_curve
+from kvtrace_viewer.blocks.pinned import Pinned
 from kvtrace_viewer.blocks.policies import POLICIES
 from kvtrace_viewer.blocks.policy import BlockPolicy, Outcome, parameter
 from kvtrace_viewer.blocks.result import BlockResult
@@ -24,6 +25,7 @@ __all__ = [
     "BlockStream",
     "LRUCurve",
     "Outcome",
+    "Pinned",
     "StepPolicy",
     "curve_capacities",
     "dense_ids",

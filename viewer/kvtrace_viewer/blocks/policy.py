@@ -53,6 +53,8 @@ class BlockPolicy:
     name: ClassVar[str] = ""
     needs_full_blocks: ClassVar[bool] = False
     """Whether it never asks for a block that is not full."""
+    can_pin: ClassVar[bool] = True
+    """Whether it can run beside pinned blocks (`kvtrace_viewer.blocks.pinned`)."""
 
     def run(self, stream: BlockStream, capacity: int) -> Outcome:
         """Run a stream through a cache of `capacity` blocks, empty at first."""
@@ -79,6 +81,10 @@ class BlockPolicy:
             Evictions.
         """
         raise NotImplementedError
+
+    def reads(self, stream: BlockStream) -> NDArray[np.bool_]:
+        """Which accesses it asks for: bool [access]; those that it does not are no accesses."""
+        return np.ones(stream.accesses, np.bool_)
 
     def parameters(self) -> dict[str, Any]:
         """Every parameter, defaults too, as plain values."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtrace_viewer.blocks.accounting import Accounting
+from kvtrace_viewer.blocks.pinned import Pinned
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class BlockResult:
         What must be known to read it.
     error : float or None
         Twice the standard error of the hit ratio, where it is of a sample; None: exact.
+    pinned : Pinned or None
+        What was pinned, where blocks were.
     """
 
     policy: str
@@ -44,6 +47,7 @@ class BlockResult:
     accounting: Accounting
     notes: tuple[str, ...] = ()
     error: float | None = None
+    pinned: Pinned | None = None
 
     @property
     def hit_ratio(self) -> float | None:
@@ -64,4 +68,5 @@ class BlockResult:
             "error": self.error,
             "accounting": self.accounting.to_json(),
             "notes": list(self.notes),
+            **({} if self.pinned is None else {"pinned": self.pinned.to_json()}),
         }

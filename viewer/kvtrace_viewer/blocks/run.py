@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvtrace.errors import InputError
 from kvtrace_viewer.blocks.accounting import Accounting
+from kvtrace_viewer.blocks.pinned import check_pin, run_pinned
 from kvtrace_viewer.blocks.plugins import mistakes_explained
 from kvtrace_viewer.blocks.policy import BlockPolicy
 from kvtrace_viewer.blocks.result import BlockResult
@@ -21,6 +22,7 @@ def replay_blocks(
     capacities: Sequence[int],
     accounting: Accounting | None = None,
     progress: Callable[[float], None] | None = None,
+    pin: int = 0,
 ) -> list[BlockResult]:
     """Run a stream through every policy at every capacity, in parallel.
 
@@ -36,6 +38,8 @@ def replay_blocks(
         What counts; by default every hit of every block, by block.
     progress : callable, optional
         Told the share done, 0 to 1.
+    pin : int
+        First blocks of every prompt that are never evicted (`run_pinned`).
 
     Returns
     -------
@@ -45,7 +49,8 @@ def replay_blocks(
     Raises
     ------
     InputError
-        For an unknown policy, parameter or accounting, and a capacity below 1.
+        For an unknown policy, parameter or accounting, a capacity below 1, a pin below 0, and
+        a policy that cannot pin.
 
     Examples
     --------
@@ -53,6 +58,7 @@ def replay_blocks(
     """
     chosen = {policy.spec: policy for policy in map(parse_block_policy, policies)}
     check_capacities(capacities)
+    check_pin(pin, list(chosen.values()))
     accounting = accounting or Accounting()
     if accounting.blocks == "full":
         stream = stream.full_blocks()
@@ -60,7 +66,7 @@ def replay_blocks(
     results = []
     # The kernels let the GIL go.
     with ThreadPoolExecutor(min(len(pairs) or 1, os.cpu_count() or 1)) as pool:
-        for result in pool.map(lambda pair: _run(stream, pair[0], pair[1], accounting), pairs):
+        for result in pool.map(lambda pair: _run(stream, pair, accounting, pin), pairs):
             results.append(result)
             if progress:
                 progress(len(results) / len(pairs))
@@ -78,17 +84,21 @@ def check_capacities(capacities: Sequence[int]) -> None:
 
 
 def _run(
-    stream: BlockStream, policy: BlockPolicy, capacity: int, accounting: Accounting
+    stream: BlockStream, pair: tuple[BlockPolicy, int], accounting: Accounting, pin: int
 ) -> BlockResult:
+    policy, capacity = pair
     with mistakes_explained():
-        outcome = policy.run(stream, capacity)
+        if pin:
+            outcome, pinned = run_pinned(policy, stream, capacity, pin)
+        else:
+            outcome, pinned = policy.run(stream, capacity), None
     accesses, hits = accounting.count(stream, outcome.hits)
     notes = (*stream.notes, *outcome.notes)
     if policy.name == "belady" and accounting != Accounting(blocks=accounting.blocks):
         notes += ("belady: a bound for hits per block; counted otherwise another may beat it",)
     return BlockResult(
         policy=policy.spec,
-        parameters=policy.parameters(),
+        parameters={**policy.parameters(), **({"pin": pin} if pin else {})},
         capacity=capacity,
         requests=stream.requests,
         accesses=accesses,
@@ -96,4 +106,5 @@ def _run(
         evictions=outcome.evictions,
         accounting=accounting,
         notes=notes,
+        pinned=pinned,
     )

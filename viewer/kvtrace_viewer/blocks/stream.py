@@ -45,6 +45,8 @@ class BlockStream:
         int64 [request], the trace's numbers of the requests; empty where it gives none.
     output_tokens : numpy.ndarray
         int64 [request], tokens that were generated; empty where not known.
+    positions : numpy.ndarray
+        int32 [access], index of each in its request where some were taken out; empty where none.
     source : str
         What the stream was made from, for people.
     notes : tuple of str
@@ -62,6 +64,7 @@ class BlockStream:
     namespaces: tuple[str | None, ...] = ()
     request_ids: Counts = field(default_factory=lambda: np.empty(0, np.int64))
     output_tokens: Counts = field(default_factory=lambda: np.empty(0, np.int64))
+    positions: Ids = field(default_factory=lambda: np.empty(0, np.int32))
     source: str = ""
     notes: tuple[str, ...] = ()
 
@@ -83,6 +86,8 @@ class BlockStream:
     @cached_property
     def index(self) -> Ids:
         """Index of each access in its request: int32 [access]."""
+        if len(self.positions):
+            return self.positions
         lengths = np.diff(self.starts)
         first = np.repeat(self.starts[:-1], lengths)
         return (np.arange(self.accesses) - first).astype(np.int32)
@@ -94,9 +99,19 @@ class BlockStream:
 
     def full_blocks(self) -> BlockStream:
         """The same without the accesses of blocks that are not full."""
-        if self.is_full.all():
-            return self
-        kept = self.is_full
+        return self if self.is_full.all() else self._kept(self.is_full)
+
+    def only(self, kept: NDArray[np.bool_]) -> BlockStream:
+        """The same with some of the accesses, each with the index that it has now.
+
+        Parameters
+        ----------
+        kept : numpy.ndarray
+            bool [access].
+        """
+        return replace(self._kept(kept), positions=self.index[kept])
+
+    def _kept(self, kept: NDArray[np.bool_]) -> BlockStream:
         before = np.concatenate([[0], np.cumsum(kept)])
         blocks, number = dense_ids(self.blocks[kept].astype(np.int64))
         return replace(

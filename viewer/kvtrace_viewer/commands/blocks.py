@@ -60,6 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --curve: lru from a share of the blocks, with its error, for long streams",
     )
     parser.add_argument(
+        "--pin",
+        type=int,
+        default=0,
+        metavar="N",
+        help="never evict the first N blocks of a prompt, under any policy but vllm: room is set "
+        "aside for them, the policy has the rest (default: 0)",
+    )
+    parser.add_argument(
         "--block-size",
         type=int,
         metavar="N",
@@ -100,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
     with progress("replaying") as tell:
         if args.curve:
             results = replay_curves(
-                stream, args.policy, args.capacity, accounting, args.sample, tell
+                stream, args.policy, args.capacity, accounting, args.sample, tell, args.pin
             )
         else:
-            results = replay_blocks(stream, args.policy, args.capacity, accounting, tell)
+            results = replay_blocks(stream, args.policy, args.capacity, accounting, tell, args.pin)
     store(trace, results, stream.block_size)
     if args.export_vllm:
         _export(args.policy, args.export_vllm)

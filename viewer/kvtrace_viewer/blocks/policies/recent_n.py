@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtrace_viewer.blocks.policies.fifo import FIFO
 from kvtrace_viewer.blocks.policy import UNREAD, BlockPolicy, Outcome, parameter
@@ -27,6 +28,10 @@ class RecentN(BlockPolicy):
     def run(self, stream: BlockStream, capacity: int) -> Outcome:
         """Run; see `BlockPolicy.run`."""
         found = FIFO().run(stream, capacity)
-        lengths = np.diff(stream.starts)
-        is_read = stream.index >= np.repeat(lengths, lengths) - self.n
-        return Outcome(np.where(is_read, found.hits, UNREAD).astype(np.uint8), found.evictions)
+        hits = np.where(self.reads(stream), found.hits, UNREAD)
+        return Outcome(hits.astype(np.uint8), found.evictions)
+
+    def reads(self, stream: BlockStream) -> NDArray[np.bool_]:
+        """Which accesses are of the last blocks; see `BlockPolicy.reads`."""
+        stops = np.repeat(stream.starts[1:], np.diff(stream.starts))
+        return stops - np.arange(stream.accesses) <= self.n

@@ -36,6 +36,7 @@ class VLLM(BlockPolicy):
 
     name: ClassVar[str] = "vllm"
     needs_full_blocks: ClassVar[bool] = True
+    can_pin: ClassVar[bool] = False
 
     in_flight: int = parameter(1, "requests that hold their blocks at once", "requests", 1)
 
