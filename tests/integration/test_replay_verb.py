@@ -254,3 +254,14 @@ def test_policies_can_be_listed(
 def test_what_is_not_given_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "--policy", "h2o"]) == 2
     assert "required: T, --budget" in capsys.readouterr().err
+
+
+def test_policies_that_the_bound_does_not_hold_for_are_named(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    args = ["replay", str(trace.path), "--policy", "h2o", "--policy", "adakv", "--budget", "25%"]
+    assert main([*args, "--policy", "oracle"]) == 0
+    assert "equal budgets of all heads, so not over adakv" in capsys.readouterr().out
+    assert main(args) == 0
+    assert "equal budgets" not in capsys.readouterr().out

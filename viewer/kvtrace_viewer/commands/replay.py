@@ -202,11 +202,22 @@ def _show(results: list[Result], args: argparse.Namespace) -> None:
         out.print("-: no row follows the first cut, so there is nothing to measure")
     for note in dict.fromkeys(note for result in results for note in result.notes):
         out.print(f"note: {note}", markup=False)
+    free = _unbounded(args.policy) if any(r.bound is not None for r in results) else []
+    if free:
+        out.print(f"the bound is over equal budgets of all heads, so not over {', '.join(free)}")
     sampled = next((r for r in results if 0 < r.output_rows < r.measured_rows), None)
     if sampled:
         out.print(f"output error over {sampled.output_rows} of {sampled.measured_rows} rows")
     if not args.no_store:
         out.print(f"look at them side by side: kvtrace view {args.trace}", markup=False)
+
+
+def _unbounded(policies: list[str]) -> list[str]:
+    from kvtrace_viewer.replay.sizing import is_bounded
+    from kvtrace_viewer.replay.spec import parse_policy
+
+    named = [parse_policy(text) for text in policies]
+    return [policy.name for policy in named if not is_bounded(policy)]
 
 
 def _table(results: list[Result]) -> Table:

@@ -13,6 +13,7 @@ from kvtrace.errors import InputError
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.amounts import Budget, parse_budget
 from kvtrace_viewer.replay.cache import present
+from kvtrace_viewer.replay.policy import Policy
 from kvtrace_viewer.replay.result import Result
 from kvtrace_viewer.replay.run import replay
 from kvtrace_viewer.replay.spec import parse_policy
@@ -107,7 +108,7 @@ def size(
     order = sorted(range(len(mine)), key=lambda i: _amount(mine[i].budget))
     curves: dict[Place, list[Point]] = {}
     for i in order:
-        bounded = known and _is_bounded(policy)
+        bounded = known and is_bounded(policy)
         bounds = _by_place(known[i], "bound", known[i].bound) if bounded else {}
         for place, value in _by_place(mine[i], of, _value(mine[i], of)).items():
             loss = 1 - value if of == "mass" else value
@@ -163,7 +164,7 @@ def total_bytes(held: Mapping[Place, tuple[int, int]], place: Place) -> dict[str
     return {"full": full, "kept": kept, "saved": full - kept}
 
 
-def _is_bounded(policy: str) -> bool:
+def is_bounded(policy: str | Policy) -> bool:
     """Whether the oracle's bound, made for equal budgets of heads that evict, holds for it."""
     found = parse_policy(policy)
     plain = type(found).limits is type(parse_policy("oracle")).limits
