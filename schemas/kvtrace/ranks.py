@@ -30,7 +30,7 @@ _NUMBERED = {
     "block",
     "parent",
 }
-_NUMBERED_IN = {("forks", "source")}
+_NUMBERED_IN = {("forks", "source"), ("kv_pools", "first_block")}
 
 Column = Sequence[Any] | NDArray[Any]
 

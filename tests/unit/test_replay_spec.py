@@ -26,7 +26,7 @@ def test_parameters_reach_the_policy() -> None:
 def test_an_unknown_policy_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"'h20' is unknown.*did you mean h2o\?"):
         parse_policy("h20")
-    with pytest.raises(InputError, match="--help lists them"):
+    with pytest.raises(InputError, match="--list shows them"):
         parse_policy("zzzz")
 
 

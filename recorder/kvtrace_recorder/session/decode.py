@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +40,8 @@ class RunLayer:
     module : torch.nn.Module
         The attention layer.
     taken : Taken or None
-        What was taken of it in the step before the run; None for a layer that is not recorded.
+        What was taken of it in the step before the run, of tensors only whether there were any;
+        None for a layer that is not recorded.
     shape : torch.Size
         Of q.
     is_static : bool
@@ -75,6 +76,8 @@ class RunLayer:
             )
             if not whole or not same or taken.spec.sliding_window:
                 return None
+            # What was taken, without its tensors: they would be the cache a second time.
+            taken = replace(taken, q=_empty(taken.q), k=_empty(taken.k), v=_empty(taken.v))
         is_static = call.k.shape[2] != step.past + 1
         return cls(call.module, taken, call.q.shape, is_static, call.mask is not None, [])
 
@@ -294,7 +297,14 @@ def begin_run(step: ActiveStep, held: HeldSteps, *, has_rows: bool) -> None:
         and recorded == len(step.taken)
         and (bool(recorded) or not has_rows)
     ):
+        # Steps that wait to be sent hold the keys and values of before the run: no step of it
+        # would let go of them.
+        held.flush(step.entry)
         step.entry.run = DecodeRun(step, layers, held)
+
+
+def _empty(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.new_empty(0)
 
 
 def _shows(mask: Any, past: int) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace.model import Layer
+from kvtrace.ranks import NUMBERS_PER_RANK
 from kvtrace.rope import Rope, ropes
 from kvtrace.trace import Trace
 
@@ -45,13 +46,20 @@ class Extra:
     score: Floats | None = None
 
 
+def _first_models(trace: Trace) -> set[int]:
+    found: dict[int, int] = {}
+    for spec in trace.layers:
+        found.setdefault(spec.model // NUMBERS_PER_RANK, spec.model)
+    return set(found.values())
+
+
 def missing(trace: Trace, layers: Sequence[Layer]) -> dict[str, str]:
     """Return why a signal of `EXTRA` cannot be had, for those that cannot."""
     found = {}
     if "wo" not in trace.signals:
         found["wo"] = "the trace lacks the output projections wo"
-    elif len({spec.model for spec in layers} | {trace.layers[0].model}) > 1:
-        found["wo"] = "the trace has the output projections wo of its first model alone"
+    elif {spec.model for spec in layers} - _first_models(trace):
+        found["wo"] = "the trace has the output projections wo of each rank's first model alone"
     if "score" not in trace.signals:
         found["score"] = "the trace lacks recorded scores (array score)"
     if "q_prerope" not in trace.signals:
