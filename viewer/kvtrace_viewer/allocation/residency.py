@@ -2,8 +2,9 @@
 
 The three quantities that vLLM exports as `vllm:kv_block_lifetime_seconds`,
 `vllm:kv_block_idle_before_evict_seconds` and `vllm:kv_block_reuse_gap_seconds`, under these names.
-vLLM observes a sample of the blocks, when one is evicted, and the last four accesses of each; here
-every block that came to an end is counted, with all its accesses.
+vLLM observes a sample of the blocks, with the last four accesses of each, when one is taken for
+something else, cached or not: its lifetimes last until then. Here every block that came to an end
+is counted, with all its accesses; it ends when it is free, and only cached blocks lie idle.
 """
 
 from __future__ import annotations
