@@ -83,7 +83,7 @@ def test_the_questions_are_answered(folder: Path) -> None:
     # `kvtrace verify` has tests of its own, and takes the longest.
     verbs = tuple(f"kvtrace {verb}" for verb in ("info", "replay", "sql", "size"))
     asked = [line for line in lines if line.startswith(verbs)]
-    assert len(asked) == 5
+    assert len(asked) == 6
     for line in asked:
         assert kvtrace(line.removeprefix("kvtrace "), folder)
 

@@ -16,7 +16,7 @@ def test_only_the_programs_pools_end(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as ours:
         ours.submit(int).result()
         before = threading.enumerate()
-        theirs = ThreadPoolExecutor(2)
+        theirs = ThreadPoolExecutor(2, thread_name_prefix="theirs")
         theirs.submit(int).result()
         # What stores traces may begin its own while the program runs.
         array = zarr.create_array(tmp_path / "a", shape=(64,), chunks=(8,), dtype="float32")
@@ -28,4 +28,4 @@ def test_only_the_programs_pools_end(tmp_path: Path) -> None:
         assert ours.submit(lambda: 7).result() == 7
         assert np.asarray(array[...]).sum() == 64
     assert ThreadPoolExecutor(1).submit(lambda: 8).result() == 8
-    assert not [x for x in threading.enumerate() if x.name.startswith("ThreadPoolExecutor-1")]
+    assert not [x for x in threading.enumerate() if x.name.startswith("theirs")]
