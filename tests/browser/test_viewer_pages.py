@@ -135,10 +135,10 @@ def test_picking_a_trace_shows_it_on_the_same_page(browser: Browser, address: st
 
 
 def test_going_back_restores_the_view_that_was_left(browser: Browser, address: str) -> None:
-    browser.open(f"{address}/attention?trace=run.kvtrace&layer=2&head=3&x=10&y=30&span=20")
+    # The whole state, so that the page has nothing to add to the address when it has drawn.
+    view = "layer=2&head=3&x=10&y=30&span=20&request=0&scale=sqrt&pool=max"
+    browser.open(f"{address}/attention?trace=run.kvtrace&{view}")
     browser.until(READY["/attention"])
-    # The page writes its whole state into the address a moment after it has drawn.
-    browser.until("location.search.includes('pool=')")
     left = browser.query()
     browser.js("document.querySelector('.kv-brand').click()")
     browser.until(READY["/"])
