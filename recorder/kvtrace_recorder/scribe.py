@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvtrace.sequences import Fork
 from kvtrace.writer import NARROWED, LayerSpec, TraceWriter
 from kvtrace_recorder.histories import Histories
+from kvtrace_recorder.layer_rows import LayerRows, Received
 from kvtrace_recorder.lse import KeyHistory, row_lse
 from kvtrace_recorder.messages import (
     CacheChange,
@@ -22,12 +23,10 @@ from kvtrace_recorder.messages import (
     ForkedRequest,
     Gap,
     LayerGrowth,
-    LayerRows,
     Message,
     ModelInfo,
     Outputs,
     PoolInfo,
-    Received,
     RowlessRequest,
     Sequenced,
     StepBatch,

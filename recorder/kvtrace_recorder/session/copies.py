@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import LayerRows, Summed
+from kvtrace_recorder.layer_rows import LayerRows, Summed
 from kvtrace_recorder.session.held_lse import held_lse
 from kvtrace_recorder.session.requests import Bools
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken

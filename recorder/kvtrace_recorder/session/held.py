@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from kvtrace_recorder.messages import DecodeSteps, LayerRows, StepBatch
+from kvtrace_recorder.layer_rows import LayerRows
+from kvtrace_recorder.messages import DecodeSteps, StepBatch
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.copies import LayerParts, RowChoice
 from kvtrace_recorder.session.decode import DecodeRun

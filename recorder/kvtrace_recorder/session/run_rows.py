@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from kvtrace_recorder.messages import DecodeSteps, LayerRows, StackedRows
+from kvtrace_recorder.layer_rows import LayerRows, StackedRows
+from kvtrace_recorder.messages import DecodeSteps
 from kvtrace_recorder.session.copies import LayerParts, Part, RowChoice
 from kvtrace_recorder.session.step import Taken
 from kvtrace_recorder.taps.keep import as_array, is_off_host

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import LayerRows, StepRecord, Summed
+from kvtrace_recorder.layer_rows import LayerRows, Summed
+from kvtrace_recorder.messages import StepRecord
 from kvtrace_recorder.session.keeping import Plan
 from kvtrace_recorder.session.models import ModelState
 from kvtrace_recorder.session.requests import Bools, CacheEntry

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from kvtrace.model import number_text
 from kvtrace.writer import LayerSpec
-from kvtrace_recorder.messages import Received, Sequenced, Summed
+from kvtrace_recorder.layer_rows import Received, Summed
+from kvtrace_recorder.messages import Sequenced
 from kvtrace_recorder.selection import Queries
 from kvtrace_recorder.session.keeping import Keeper, Plan
 from kvtrace_recorder.session.step import ActiveStep
