@@ -71,6 +71,28 @@ def icon_button(button_id: str, icon: str, title: str) -> Component:
     )
 
 
+def transport(page: str, unit: str, speeds: Sequence[str], speed: str) -> Component:
+    """The clock of a page that plays, in the units it counts by: `token`, `step`."""
+    buttons = [
+        icon_button(f"{page}-first", "first", f"To the first {unit} (Home)"),
+        icon_button(f"{page}-back", "back", "Step back (left arrow)"),
+        button(f"{page}-play", "Play", "Play or pause (space)", "kv-primary kv-play"),
+        icon_button(f"{page}-forward", "forward", "Step forward (right arrow)"),
+        icon_button(f"{page}-last", "last", f"To the last {unit} (End)"),
+    ]
+    choice = segmented(f"{page}-speed", [(one, one) for one in speeds], speed)
+    return html.Div(
+        [
+            html.Div(buttons, className="kv-button-group kv-transport-buttons"),
+            # The slider is made in the browser: React would redraw it on every frame of the clock.
+            html.Div(id=f"{page}-seek", className="kv-slider"),
+            html.Div(id=f"{page}-clock", className="kv-clock"),
+            field(f"{unit.capitalize()}s/s", choice),
+        ],
+        className="kv-transport",
+    )
+
+
 def empty_state(title: str, text: str, command: str | None = None) -> Component:
     """What a page shows when there is nothing to show: why, and what to do about it."""
     children: list[Component] = [

@@ -19,10 +19,10 @@ from kvtrace_viewer.components import (
     button,
     empty_state,
     field,
-    icon_button,
     panel,
     segmented,
     status_line,
+    transport,
 )
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.pools import pool_runs
@@ -128,28 +128,10 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
 
 def player(speed: str) -> Component:
     """Transport controls, a grid and the lanes of each pool."""
-    transport = html.Div(
-        [
-            html.Div(
-                [
-                    icon_button("blocks-first", "first", "To the first step (Home)"),
-                    icon_button("blocks-back", "back", "Step back (left arrow)"),
-                    button("blocks-play", "Play", "Play or pause (space)", "kv-primary kv-play"),
-                    icon_button("blocks-forward", "forward", "Step forward (right arrow)"),
-                    icon_button("blocks-last", "last", "To the last step (End)"),
-                ],
-                className="kv-button-group kv-transport-buttons",
-            ),
-            html.Div(id="blocks-seek", className="kv-slider"),
-            html.Div(id="blocks-clock", className="kv-clock"),
-            field("Steps/s", segmented("blocks-speed", [(s, s) for s in SPEEDS], speed)),
-        ],
-        className="kv-transport",
-    )
     return panel(
         "The pool",
         [
-            transport,
+            transport("blocks", "step", SPEEDS, speed),
             html.Div(id="blocks-cards", className="kv-pools"),
             html.Div(id="blocks-tip", className="kv-tip"),
         ],

@@ -17,11 +17,11 @@ from kvtrace_viewer.components import (
     Component,
     button,
     field,
-    icon_button,
     panel,
     segmented,
     select,
     status_line,
+    transport,
 )
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.policies import PolicyHelp, policy_help
@@ -249,29 +249,10 @@ def chosen_replays(rows: Sequence[dict[str, Any]], asked: str | None) -> list[st
 
 def player(speed: str) -> Component:
     """Transport controls and the policies' cards."""
-    transport = html.Div(
-        [
-            html.Div(
-                [
-                    icon_button("replay-first", "first", "To the first token (Home)"),
-                    icon_button("replay-back", "back", "Step back (left arrow)"),
-                    button("replay-play", "Play", "Play or pause (space)", "kv-primary kv-play"),
-                    icon_button("replay-forward", "forward", "Step forward (right arrow)"),
-                    icon_button("replay-last", "last", "To the last token (End)"),
-                ],
-                className="kv-button-group kv-transport-buttons",
-            ),
-            # The slider is made in the browser: React would redraw it on every frame of the clock.
-            html.Div(id="replay-seek", className="kv-slider"),
-            html.Div(id="replay-clock", className="kv-clock"),
-            field("Tokens/s", segmented("replay-speed", [(s, s) for s in SPEEDS], speed)),
-        ],
-        className="kv-transport",
-    )
     return panel(
         "Cache contents",
         [
-            transport,
+            transport("replay", "token", SPEEDS, speed),
             html.Div(id="replay-cards", className="kv-cards"),
             html.Div(id="replay-tip", className="kv-tip"),
         ],
