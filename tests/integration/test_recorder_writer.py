@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -13,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.tiny import gaps, greedy
-from transformers import LlamaForCausalLM
+from tests.support.tiny import IDS, gaps, greedy
+from transformers import DynamicCache, LlamaForCausalLM
 
 import kvtrace
 from kvtrace.errors import TraceError
@@ -160,3 +161,33 @@ def test_threads_that_wait_for_a_slow_writer_do_not_wait_for_ever(
         for thread in threads:
             thread.join()
     assert (recording.rows, recording.gaps) == (3 * 45, {})
+
+
+def test_steps_that_come_while_earlier_ones_wait_for_room_are_sent(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "TICK_SECONDS", 0.005)
+    monkeypatch.setattr(held, "IDLE_NS", 50_000_000)
+    waits, goes = threading.Event(), threading.Event()
+    original = pipeline.Pipeline.reserve
+
+    def reserve(self: pipeline.Pipeline, *args: Any) -> Any:
+        if threading.current_thread().name == "kvtrace-tick":
+            waits.set()
+            goes.wait()
+        return original(self, *args)
+
+    cache, ids = DynamicCache(), torch.tensor([[3]])
+    with record(model, tmp_path / "a.kvtrace") as recording, torch.no_grad():
+        model(IDS, past_key_values=cache, use_cache=True)
+        for _ in range(4):
+            model(ids, past_key_values=cache, use_cache=True)
+        monkeypatch.setattr(pipeline.Pipeline, "reserve", reserve)
+        assert waits.wait(30)
+        # The run's first steps are on their way; it goes on, and its cache ends meanwhile.
+        for _ in range(3):
+            model(ids, past_key_values=cache, use_cache=True)
+        del cache
+        gc.collect()
+        goes.set()
+    assert (recording.rows, recording.gaps) == (IDS.shape[1] + 7, {})

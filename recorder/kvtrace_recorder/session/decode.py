@@ -212,11 +212,11 @@ class DecodeRun:
         entry.slots, state.last_token = slots, token
         entry.steps += 1
         state.tokens += 1
-        # Else it would keep its cache alive.
-        step.cache = None
         self.started.append(record.started_ns)
         self.tokens.append(token)
         self.durations.append(max(0, elapsed_ns - step.tap_ns))
+        # Else it would keep its cache alive; last, since a run without one gets no more steps.
+        step.cache = None
         return True
 
     def take(self, dtype: torch.dtype) -> tuple[DecodeSteps, RunRows]:

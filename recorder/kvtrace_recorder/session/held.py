@@ -185,9 +185,14 @@ class HeldSteps:
             held, run = self._held.pop(key, None), self._runs.get(key)
             if held is not None:
                 self._send(held)
-            if run is not None and run.durations:
+            if run is None:
+                return
+            # Asked before the steps are taken: while they wait for room the model goes on, and
+            # may end with steps that nobody has taken.
+            is_over = run.cache() is None
+            if run.durations:
                 self._send_run(run)
-            if run is not None and run.cache() is None:
+            if is_over:
                 # It holds the newest keys and values that the cache had.
                 del self._runs[key]
 

@@ -355,7 +355,6 @@ class Session:
         run = None if entry is None else entry.run
         if (
             run is None
-            or args
             or run.module is not module
             or self._book.ended
             or self.guard.silent
@@ -365,7 +364,8 @@ class Session:
             or (module.training and torch.is_grad_enabled())
         ):
             return None
-        return run.next(cache, kwargs, self.keeper)
+        given = dict(zip(run.model.parameters, args, strict=False)) | kwargs if args else kwargs
+        return run.next(cache, given, self.keeper)
 
     def _first_sequences(self, real: Bools) -> Bools:
         """The tokens that are kept of a training batch."""
