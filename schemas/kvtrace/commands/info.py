@@ -166,10 +166,15 @@ def _show(found: dict[str, Any]) -> None:
     if not found["replayable"]:
         out.print("which policies it can replay: pip install 'kvtrace[viewer]'", markup=False)
         return
-    table = Table("policy", "replays", "exactness", "why", title="replayable")
+    table = Table("replays", "exactness", "policies", "why", title="replayable")
     table.title_justify = "left"
+    # By reason: most policies share one of a few, and `kvtrace replay --list` has each alone.
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for row in found["replayable"]:
-        table.add_row(row["policy"], row["replay"], row["exactness"], row["reason"])
+        how = (row["replay"], row["exactness"], row["reason"])
+        alike.setdefault(how, []).append(row["policy"])
+    for (replay, exactness, reason), policies in alike.items():
+        table.add_row(replay, exactness, ", ".join(policies), reason)
     out.print(table)
 
 
