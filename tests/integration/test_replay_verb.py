@@ -136,6 +136,20 @@ def test_the_table_names_the_next_command(
     assert "bound" in out
 
 
+def test_a_percentage_that_loses_the_sinks_at_once_says_so(
+    synthetic_trace: SyntheticTrace,
+) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    found = {}
+    for when, budget in (("stream", "25%"), ("stream", "20"), ("step", "25%")):
+        result = replay(trace, ["streaming_llm:sinks=8"], [budget], when=when)[0]
+        found[when, budget] = result
+    first = {key: one.kept()[0][0].tolist()[:8] == list(range(8)) for key, one in found.items()}
+    noted = {key: any("its 8 sinks" in note for note in one.notes) for key, one in found.items()}
+    assert first == {("stream", "25%"): False, ("stream", "20"): True, ("step", "25%"): True}
+    assert noted == {key: not kept for key, kept in first.items()}
+
+
 def test_without_decoded_tokens_rates_are_null(synthetic_trace: SyntheticTrace) -> None:
     trace = synthetic_trace(steps=[40])
     result = replay(trace, ["h2o"], [10], when="step")[0]

@@ -377,7 +377,22 @@ class _Work:
                 f"{pair.spec} at {pair.budget}: {protected} protected tokens do not fit; the first "
                 "were protected before the last, up to the budget"
             )
+        elif self._loses_sinks(pair):
+            found.append(
+                f"{pair.spec}, --when {pair.when}: a percentage of its first tokens is fewer than"
+                f" its {pair.policy.sinks} sinks, so that some go at once and for good; a budget"
+                " in tokens, or --when step, keeps them"
+            )
         return tuple(found)
+
+    def _loses_sinks(self, pair: Pair) -> bool:
+        """Whether a cut comes while the budget is smaller than the protection of first tokens."""
+        for request, _ in self.replayed.values():
+            present = self.rhythm(pair, request).cuts(request.tokens, request.prompt_tokens) + 1
+            protected = np.minimum(present, pair.policy.sinks)
+            if bool((pair.budget.limits(present) < protected).any()):
+                return True
+        return False
 
     def _steps(self, p: int) -> dict[str, NDArray[np.float64] | NDArray[np.int64]]:
         parts = []
