@@ -12,7 +12,10 @@ def policies(d: Data) -> Rows:
     for i in np.flatnonzero(r["decide_when"] == "step"):
         same = (r["budget"] == r["budget"][i]) & (r["decide_when"] == "step")
         place = 1 + int((r["retained_mass"][same] > r["retained_mass"][i]).sum())
-        bounds = r["bound"][same].astype(float)
+        column = {"head": "bound", "layer": "bound_layer", "model": "bound_model"}.get(
+            r["bound_scope"][i]
+        )
+        bounds = r[column][same].astype(float) if column else np.array([np.nan])
         bound = np.nan if np.isnan(bounds).all() else np.nanmax(bounds)
         lost = bound - r["retained_mass"][i] if r["evictions"][i] else np.nan
         rate = r["hits"][i] / (r["hits"][i] + r["misses"][i])

@@ -240,7 +240,7 @@ CREATE TABLE replays (
     exactness VARCHAR, created_ns BIGINT, tokens BIGINT, measured_rows BIGINT, hits BIGINT,
     misses BIGINT, evictions BIGINT, retained_mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
     sinks BIGINT, retained_sinks BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE,
-    rerotate BOOLEAN, overlap DOUBLE
+    rerotate BOOLEAN, overlap DOUBLE, bound_layer DOUBLE, bound_model DOUBLE, bound_scope VARCHAR
 );
 COMMENT ON TABLE replays IS 'One row per replayed policy and budget, over all requests, layers and heads.';
 COMMENT ON COLUMN replays.budget IS 'Tokens per KV head (N), or the share of the tokens present (P%).';
@@ -264,7 +264,10 @@ COMMENT ON COLUMN replays.misses IS 'Needed and evicted pairs.';
 COMMENT ON COLUMN replays.evictions IS '(token, layer, KV head) slots evicted.';
 COMMENT ON COLUMN replays.retained_mass IS 'Mean share of attention that stays on kept keys; null where no row follows the first cut.';
 COMMENT ON COLUMN replays.sinks IS '(query head, key) sinks of the full cache.';
-COMMENT ON COLUMN replays.bound IS 'Certified upper bound on retained_mass under this budget (oracle only).';
+COMMENT ON COLUMN replays.bound IS 'Certified upper bound on retained_mass under this budget in every KV head (oracle only).';
+COMMENT ON COLUMN replays.bound_layer IS 'The same where the heads of a layer share their budgets.';
+COMMENT ON COLUMN replays.bound_model IS 'The same where all heads of all layers share their budgets.';
+COMMENT ON COLUMN replays.bound_scope IS 'Which of the oracle''s bounds holds for this policy: head (bound), layer (bound_layer), model (bound_model); null: none, or an older replay.';
 
 CREATE TABLE replay_steps (
     replay VARCHAR, request BIGINT, position INTEGER, mass DOUBLE, mass_worst DOUBLE, hits BIGINT,
@@ -305,7 +308,7 @@ COMMENT ON COLUMN replay_gaps.reason IS 'Why, and what was left out: the whole r
 CREATE TABLE replay_heads (
     replay VARCHAR, layer INTEGER, kv_head INTEGER, mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
     hits BIGINT, misses BIGINT, evictions BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE,
-    overlap DOUBLE
+    overlap DOUBLE, bound_layer DOUBLE
 );
 COMMENT ON TABLE replay_heads IS 'Per layer and KV head: totals over the measured rows.';
 COMMENT ON COLUMN replay_heads.replay IS 'The replay.';
@@ -321,6 +324,7 @@ COMMENT ON COLUMN replay_heads.output_error IS 'Mean relative error of its outpu
 COMMENT ON COLUMN replay_heads.ties IS 'Cuts whose margin was 0.';
 COMMENT ON COLUMN replay_heads.overlap IS 'As replays.overlap.';
 COMMENT ON COLUMN replay_heads.bound IS 'Certified upper bound on mass under this budget (oracle only).';
+COMMENT ON COLUMN replay_heads.bound_layer IS 'The same on the mean mass of the layer''s heads where they share their budgets: in each of its rows.';
 
 CREATE TABLE replay_regrets (
     replay VARCHAR, request BIGINT, layer INTEGER, kv_head INTEGER, q_head INTEGER,

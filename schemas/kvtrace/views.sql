@@ -222,8 +222,15 @@ COMMENT ON COLUMN request_latency.total_ms IS 'From the beginning of its first s
 COMMENT ON COLUMN request_latency.tokens_per_second IS 'Generated tokens per second, after the prompt.';
 
 CREATE VIEW replay_compare AS
-WITH bounds AS (
-    SELECT budget, decide_when, max(bound) AS bound FROM replays GROUP BY budget, decide_when
+WITH known AS (
+    SELECT
+        budget, decide_when,
+        max(bound) AS head, max(bound_layer) AS layer, max(bound_model) AS model
+    FROM replays GROUP BY budget, decide_when
+),
+
+bounds AS (
+    UNPIVOT known ON head, layer, model INTO NAME bound_scope VALUE bound
 )
 SELECT
     r.budget, r.decide_when,
@@ -239,7 +246,7 @@ SELECT
     r.hits, r.misses, r.evictions,
     CASE WHEN r.sinks > 0 THEN r.retained_sinks / r.sinks END AS retained_sink_share,
     r.output_error, r.ties
-FROM replays AS r LEFT JOIN bounds AS b USING (budget, decide_when);
+FROM replays AS r LEFT JOIN bounds AS b USING (budget, decide_when, bound_scope);
 COMMENT ON VIEW replay_compare IS 'Replays side by side: policies of one budget and one moment of decision, ranked by retained mass.';
 COMMENT ON COLUMN replay_compare.budget IS 'Tokens per KV head (N), or the share of the tokens present (P%).';
 COMMENT ON COLUMN replay_compare.decide_when IS 'When the policy decided: prefill, step, every=N, stream, chunk=N or chunk (the recorded chunks).';
@@ -250,8 +257,8 @@ COMMENT ON COLUMN replay_compare.exactness IS 'E0, E1, E2, E2s or E3: see docs/p
 COMMENT ON COLUMN replay_compare.retained_mass IS 'Mean share of attention that stays on kept keys.';
 COMMENT ON COLUMN replay_compare.mass_p5 IS '5th percentile of the same.';
 COMMENT ON COLUMN replay_compare.behind_best IS 'How much less than the best that evicts anything; below 0 for a policy that evicts nothing.';
-COMMENT ON COLUMN replay_compare.bound IS 'The most that any policy can retain under this budget; null where the oracle was not replayed.';
-COMMENT ON COLUMN replay_compare.lost_to_capacity IS '1 - bound: what no policy could have kept.';
+COMMENT ON COLUMN replay_compare.bound IS 'The most that any policy can retain under this budget that may move it as this one does; null where the oracle was not replayed, or no bound holds for the policy.';
+COMMENT ON COLUMN replay_compare.lost_to_capacity IS '1 - bound: what no such policy could have kept.';
 COMMENT ON COLUMN replay_compare.lost_to_policy IS 'bound - retained_mass: what at most a better policy could have kept; null where nothing was evicted.';
 COMMENT ON COLUMN replay_compare.hit_rate IS 'hits / (hits + misses).';
 COMMENT ON COLUMN replay_compare.hits IS 'Needed and kept (query, key) pairs.';

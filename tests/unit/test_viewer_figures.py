@@ -40,8 +40,9 @@ def test_retained_mass_says_when_nothing_was_measured() -> None:
 
 
 def replayed(policy: str, budget: str, mass: float | None, **more: object) -> dict[str, object]:
-    row = {"policy": policy, "budget": budget, "retained_mass": mass, "bound": None}
-    return row | {"decide_when": "step"} | more
+    row = {"policy": policy, "budget": budget, "retained_mass": mass, "bound_scope": "head"}
+    bounds = dict.fromkeys(("bound", "bound_layer", "bound_model"))
+    return row | bounds | {"decide_when": "step"} | more
 
 
 def test_a_curve_is_a_line_a_policy_over_its_budgets() -> None:
@@ -52,8 +53,8 @@ def test_a_curve_is_a_line_a_policy_over_its_budgets() -> None:
         replayed("h2o", "50%", 0.95),
         replayed("tova", "25%", 0.8),
         replayed("snapkv", "5%", None),
-        replayed("oracle", "5%", 0.7, bound=0.75),
-        replayed("oracle", "50%", 0.98, bound=0.99),
+        replayed("oracle", "5%", 0.7, bound=0.75, bound_layer=0.78, bound_model=0.8),
+        replayed("oracle", "50%", 0.98, bound=0.99, bound_layer=0.99, bound_model=1.0),
         replayed("lru", "128", 0.7),
     ]
     figure = budget_curve(rows, "dark")
@@ -63,6 +64,9 @@ def test_a_curve_is_a_line_a_policy_over_its_budgets() -> None:
     assert list(found) == ["oracle", "h2o", "lru", "bound"]
     assert found["lru"] == [(5.0, 0.5), (50.0, 0.9)]
     assert found["bound"] == [(5.0, 0.75), (50.0, 0.99)]
+    figure = budget_curve([*rows, replayed("cake", "5%", 0.79, bound_scope="model")])
+    assert figure is not None
+    assert [line["name"] for line in figure["data"]][-2:] == ["bound", "bound, all layers together"]
 
 
 def test_one_budget_is_no_curve_and_rhythms_are_told_apart() -> None:

@@ -202,9 +202,8 @@ def _show(results: list[Result], args: argparse.Namespace) -> None:
         out.print("-: no row follows the first cut, so there is nothing to measure")
     for note in dict.fromkeys(note for result in results for note in result.notes):
         out.print(f"note: {note}", markup=False)
-    free = _unbounded(args.policy) if any(r.bound is not None for r in results) else []
-    if free:
-        out.print(f"the bound is over equal budgets of all heads, so not over {', '.join(free)}")
+    if any(r.bound is not None for r in results):
+        out.print(_bounds_explained(results))
     sampled = next((r for r in results if 0 < r.output_rows < r.measured_rows), None)
     if sampled:
         out.print(f"output error over {sampled.output_rows} of {sampled.measured_rows} rows")
@@ -212,12 +211,24 @@ def _show(results: list[Result], args: argparse.Namespace) -> None:
         out.print(f"look at them side by side: kvtrace view {args.trace}", markup=False)
 
 
-def _unbounded(policies: list[str]) -> list[str]:
-    from kvtrace_viewer.replay.sizing import is_bounded
-    from kvtrace_viewer.replay.spec import parse_policy
-
-    named = [parse_policy(text) for text in policies]
-    return [policy.name for policy in named if not is_bounded(policy)]
+def _bounds_explained(results: list[Result]) -> str:
+    """Which policies have which bound, where they are not all under the same."""
+    names: dict[str | None, list[str]] = {}
+    for r in results:
+        names.setdefault(r.bound_scope, []).append(r.policy)
+    where = {
+        "head": "with the same budget in every KV head",
+        "layer": "with one budget for the heads of a layer",
+        "model": "with one budget for all heads of all layers",
+        None: "no bound",
+    }
+    # Where all are under the same, nobody has to be named.
+    said = [
+        text if len(names) == 1 else f"{text} ({', '.join(dict.fromkeys(names[scope]))})"
+        for scope, text in where.items()
+        if scope in names
+    ]
+    return "bound: the most that any policy can retain " + "; ".join(said)
 
 
 def _table(results: list[Result]) -> Table:
@@ -225,7 +236,12 @@ def _table(results: list[Result]) -> Table:
     for name in ("policy", "budget", "when", "exactness"):
         table.add_column(name)
     numbers = ("retained mass", "p5", "hits", "misses", "evictions", "sinks kept", "output error")
-    more = [name for name in ("overlap", "bound") if any(getattr(r, name) for r in results)]
+    oracles = {(r.budget, r.when): r for r in results if r.bound is not None}
+    more = [
+        name
+        for name, there in (("overlap", any(r.overlap for r in results)), ("bound", oracles))
+        if there
+    ]
     for name in (*numbers, *more):
         table.add_column(name, justify="right")
     for r in results:
@@ -241,9 +257,14 @@ def _table(results: list[Result]) -> Table:
             f"{r.evictions:,}",
             f"{r.retained_sinks}/{r.sinks}",
             _share(r.output_error),
-            *(_share(getattr(r, name)) for name in more),
+            *(_share(r.overlap) if name == "overlap" else _bound(r, oracles) for name in more),
         )
     return table
+
+
+def _bound(result: Result, oracles: dict[tuple[str, str], Result]) -> str:
+    oracle = oracles.get((result.budget, result.when))
+    return _share(None if oracle is None else oracle.bound_of(result.bound_scope))
 
 
 def _share(value: float | None) -> str:

@@ -13,18 +13,34 @@ from numpy.typing import NDArray
 from kvtrace.errors import InputError
 from kvtrace.store import StoreReader
 from kvtrace.trace import Trace
+from kvtrace_viewer.replay.result import BOUNDS
 
 
 def replay_rows(trace: Trace) -> list[dict[str, Any]]:
     """Rows of table `replays` in the order they were made, NaN as None.
 
-    With a label to show, and `kl` and `agreement` where the model was run under the kept sets.
+    With a label to show, `kl` and `agreement` where the model was run under the kept sets, and
+    `own_bound`, the oracle's bound that holds for the policy, as view `replay_compare` gives it.
     """
     rows = [
         {name: _finite(value) for name, value in row.items()} for row in trace.replays().to_pylist()
     ]
     certified = _certified(trace)
-    return [row | {"label": label(row)} | certified.get(row["replay"], {}) for row in rows]
+    bounds: dict[tuple[str, str, str | None], float] = {}
+    for row in rows:
+        for scope, name in BOUNDS.items():
+            if row[name] is not None:
+                at = (row["budget"], row["decide_when"], scope)
+                bounds[at] = max(row[name], bounds.get(at, 0.0))
+    return [
+        row
+        | {
+            "label": label(row),
+            "own_bound": bounds.get((row["budget"], row["decide_when"], row["bound_scope"])),
+        }
+        | certified.get(row["replay"], {})
+        for row in rows
+    ]
 
 
 def _certified(trace: Trace) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Retained mass over budget, one line a policy, with the bound that none can exceed."""
+"""Retained mass over budget, one line a policy, with the bounds that none can exceed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from typing import Any
 
 from kvtrace_viewer.figures.theme import axis, base_layout, line_style
 
+BOUNDS = {
+    "bound": "bound",
+    "bound_layer": "bound, heads of a layer together",
+    "bound_model": "bound, all layers together",
+}
+
 
 def budget_curve(rows: Sequence[dict[str, Any]], scheme: str = "light") -> dict[str, Any] | None:
     """Draw how much attention each policy retains at each budget.
@@ -14,14 +20,16 @@ def budget_curve(rows: Sequence[dict[str, Any]], scheme: str = "light") -> dict[
     Parameters
     ----------
     rows
-        Of table `replays`: `policy`, `decide_when`, `budget`, `retained_mass`, `bound`.
+        Of table `replays`: `policy`, `decide_when`, `budget`, `retained_mass`, `bound_scope` and
+        the bounds.
     scheme
         "light" or "dark".
 
     Returns
     -------
     dict or None
-        A Plotly figure; None where no policy was replayed at two budgets of one kind. Budgets in
+        A Plotly figure; None where no policy was replayed at two budgets of one kind. Bounds over
+        budgets that move are drawn where some policy moves its own. Budgets in
         percent and in tokens cannot share an axis: the kind with more points is drawn.
     """
     measured = [row for row in rows if row["retained_mass"] is not None]
@@ -29,6 +37,7 @@ def budget_curve(rows: Sequence[dict[str, Any]], scheme: str = "light") -> dict[
     tokens = [row for row in measured if not row["budget"].endswith("%")]
     shown = percent if len(percent) >= len(tokens) else tokens
     rhythms = {row["decide_when"] for row in shown}
+    needed = {"bound", *(f"bound_{row['bound_scope']}" for row in shown)}
     lines: dict[str, dict[float, float]] = {}
     bounds: dict[str, dict[float, float]] = {}
     for row in shown:
@@ -36,8 +45,9 @@ def budget_curve(rows: Sequence[dict[str, Any]], scheme: str = "light") -> dict[
         rhythm = f" · {row['decide_when']}" if len(rhythms) > 1 else ""
         budget = float(row["budget"].removesuffix("%"))
         lines.setdefault(row["policy"] + rhythm, {})[budget] = row["retained_mass"]
-        if row["bound"] is not None:
-            bounds.setdefault("bound" + rhythm, {})[budget] = row["bound"]
+        for column, what in BOUNDS.items():
+            if row[column] is not None and column in needed:
+                bounds.setdefault(what + rhythm, {})[budget] = row[column]
     drawn = {name: points for name, points in lines.items() if len(points) > 1}
     if not drawn:
         return None

@@ -59,7 +59,7 @@ COLUMNS = [
     text_column("exactness", "Exactness", width=98),
     number_column("retained_mass", "Retained mass", width=122, valueFormatter=SHARE),
     number_column("mass_p5", "p5", width=80, valueFormatter=SHARE),
-    number_column("bound", "Bound", width=80, valueFormatter=SHARE),
+    number_column("own_bound", "Bound", width=80, valueFormatter=SHARE),
     number_column("hits", "Hits", width=92),
     number_column("misses", "Misses", width=92),
     number_column("evictions", "Evictions", width=98),

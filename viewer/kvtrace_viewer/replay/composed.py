@@ -123,6 +123,12 @@ class Composed(Policy):
         protected = (held < self.sinks) | (held > row - recent)
         return np.where(protected, scores.max(), scores)
 
+    @property
+    def bound_scope(self) -> str | None:
+        """The base's, where that moves budgets between layers; else by what is shared here."""
+        of_base = self.base.bound_scope
+        return "layer" if self.shares_heads and of_base == "head" else of_base
+
     def limits(self, budget: Budget, rows: Longs, head: Head) -> Longs:
         """The base's."""
         return self.base.limits(budget, rows, head)

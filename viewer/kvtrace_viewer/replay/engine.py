@@ -62,6 +62,10 @@ class _RunState:
         held = self.cache.evicted_at[:, None, : block.stop] >= rows[:, None]
         return rows, np.where(keys == rows[:, None], True, chosen & held & (keys < rows[:, None]))
 
+    def foreseen(self) -> Any:
+        """What `bounds.bound_together` takes of this head; None where nothing bounds it."""
+        return self.policy.foreseen(self.state) if len(self.cuts.rows) else None
+
     def bound(self) -> NDArray[np.float64]:
         found = self.policy.bound(self.state) if len(self.cuts.rows) else None
         return np.full(len(self.cache.counts), np.nan) if found is None else found

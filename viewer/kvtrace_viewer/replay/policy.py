@@ -206,6 +206,24 @@ class Policy:
         """Upper bound [budget] on the attention any policy keeps in this head; None: unknown."""
         return None
 
+    def foreseen(self, block_state: Any) -> Any:
+        """Return a head's part of a bound over several (`bounds.Foreseen`); None: unknown."""
+        return None
+
+    @property
+    def bound_scope(self) -> str | None:
+        """Which of the oracle's bounds holds for it: of equal budgets, or of budgets that move.
+
+        `head`: every KV head has the same budget. `layer`: the heads of a layer share theirs.
+        `model`: `limits` gives heads or layers budgets of their own. None: what is read or kept
+        is no matter of the budget alone.
+        """
+        if self.selects:
+            return None
+        if type(self).limits is not Policy.limits:
+            return "model"
+        return "layer" if self.shares_heads else "head"
+
     def limits(self, budget: Budget, rows: NDArray[np.int64], head: Head) -> NDArray[np.int64]:
         """Tokens held after a decision at each row, in this head.
 

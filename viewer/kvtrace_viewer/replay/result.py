@@ -17,6 +17,10 @@ Columns = Mapping[str, Any]
 """Equally long columns of a table of schema.sql."""
 
 
+BOUNDS = {"head": "bound", "layer": "bound_layer", "model": "bound_model"}
+"""The oracle's bounds by what they are over: see `Policy.bound_scope`."""
+
+
 @dataclass(frozen=True, eq=False)
 class ReplayedRequest:
     """A request as it was replayed.
@@ -69,8 +73,12 @@ class Result:
         Mean relative error of the attention output over `output_rows` rows; None without v.
     ties : int
         Cuts, over layers and KV heads, whose margin was 0.
-    bound : float or None
-        Most mass that any policy can retain under this budget; the oracle's only.
+    bound, bound_layer, bound_model : float or None
+        Most mass that any policy can retain under this budget: where every KV head has it, where
+        the heads of a layer share theirs, where all heads of all layers do; the oracle's only.
+    bound_scope : str or None
+        Which of the oracle's bounds holds for this policy (`Policy.bound_scope`); None where none
+        does, also because it takes more than its budget in sum.
     left_out : tuple of LeftOut
         Rows that the trace's gaps kept from being replayed or measured.
     notes : tuple of str
@@ -105,6 +113,9 @@ class Result:
     output_rows: int
     ties: int
     bound: float | None
+    bound_layer: float | None
+    bound_model: float | None
+    bound_scope: str | None
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     places: RowPlaces = field(repr=False)
@@ -137,14 +148,20 @@ class Result:
             "output_error",
             "output_rows",
             "ties",
+            "bound_scope",
         )
         found = {"id": self.id, **{name: getattr(self, name) for name in names}}
         if self.bound is not None or self.policy.partition(":")[0] == "oracle":
-            found["bound"] = self.bound
+            found |= {name: getattr(self, name) for name in BOUNDS.values()}
         return found | {
             "left_out": [rows.to_json() for rows in self.left_out],
             "notes": list(self.notes),
         }
+
+    def bound_of(self, scope: str | None) -> float | None:
+        """The bound of this, the oracle's, result for policies of a `bound_scope`."""
+        found: float | None = None if scope is None else getattr(self, BOUNDS[scope])
+        return found
 
     def kept(self, request: int | None = None) -> dict[int, dict[int, NDArray[np.int64]]]:
         """Positions held after the last decision, by layer and KV head, ascending.

@@ -19,6 +19,7 @@ from kvtrace.rope import Rope
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.amounts import Budget, parse_budget, parse_budgets
 from kvtrace_viewer.replay.block import Head
+from kvtrace_viewer.replay.bounds import MovingBounds
 from kvtrace_viewer.replay.engine import HeadReplay, Run, replay_layer, workers
 from kvtrace_viewer.replay.gaps import (
     first_holdings,
@@ -44,7 +45,7 @@ from kvtrace_viewer.replay.result import ReplayedRequest, Result
 from kvtrace_viewer.replay.signals import extra_signals
 from kvtrace_viewer.replay.spec import parse_policy
 from kvtrace_viewer.replay.storage import store_result
-from kvtrace_viewer.replay.totals import HeadTotals, StepTotals
+from kvtrace_viewer.replay.totals import HeadTotals, StepTotals, as_mean
 from kvtrace_viewer.replay.when import When, parse_when
 
 
@@ -204,6 +205,7 @@ class _Work:
         self.places = self.trace.places()
         shape = (self.places.rows, max(self.kv_heads) + 1, heads)
         self.evicted_at = np.full((len(self.pairs), *shape), -1, dtype=np.int32)
+        self.moving = MovingBounds(len(self.pairs))
 
     def add(self, recorded: Request, pool: Executor, of: int) -> None:
         """Replay one request; `of` are the tokens of all."""
@@ -231,6 +233,7 @@ class _Work:
             replays = replay_layer(heads, runs, self.measures, pool, passed)
             for replayed in replays:
                 self._collect(replayed, rows, steps)
+            self.moving.add(layer, replays)
             if self.ropes is not None:
                 rope = self.ropes[layer]
                 measured = pool.map(lambda r: measure_rerotated(r, rope), replays)  # noqa: B023
@@ -239,6 +242,7 @@ class _Work:
                     self.rerotated[at] = (
                         self.rerotated[at] + found if at in self.rerotated else found
                     )
+        self.moving.end_request(replays)
         held = self.held[request.request]
         self.left_out += left_out_rows(recorded, request.tokens, unmeasured, held)
 
@@ -344,6 +348,9 @@ class _Work:
             output_rows=int(total.error_rows[p]) // len(self.totals),
             ties=int(total.ties[p]),
             bound=total.mean_bound(p),
+            bound_layer=as_mean(sum(x[p] for x in self.moving.of_layers.values()), masses),
+            bound_model=as_mean(self.moving.of_model[p], masses),
+            bound_scope=None if self.moving.beyond[p] else pair.policy.bound_scope,
             left_out=tuple(self.left_out),
             notes=self._notes(pair),
             evicted_at=self.evicted_at[p],
@@ -407,6 +414,9 @@ class _Work:
 
     def _heads(self, p: int) -> dict[str, list[object]]:
         rows: list[dict[str, object]] = []
+        masses: dict[int, int] = {}
+        for (layer, _), t in self.totals.items():
+            masses[layer] = masses.get(layer, 0) + int(t.masses[p])
         for (layer, kv_head), t in self.totals.items():
             measured = t.masses[p] > 0
             error = t.error[p] / t.errors[p] if t.errors[p] else None
@@ -427,6 +437,7 @@ class _Work:
                     "output_error": error,
                     "ties": int(t.ties[p]),
                     "bound": t.mean_bound(p),
+                    "bound_layer": as_mean(self.moving.of_layers[layer][p], masses[layer]),
                 }
             )
         return {name: [row[name] for row in rows] for name in rows[0]}

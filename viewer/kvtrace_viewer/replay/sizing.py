@@ -13,7 +13,6 @@ from kvtrace.errors import InputError
 from kvtrace.trace import Trace
 from kvtrace_viewer.replay.amounts import Budget, parse_budget
 from kvtrace_viewer.replay.cache import present
-from kvtrace_viewer.replay.policy import Policy
 from kvtrace_viewer.replay.result import Result
 from kvtrace_viewer.replay.run import replay
 from kvtrace_viewer.replay.spec import parse_policy
@@ -108,8 +107,7 @@ def size(
     order = sorted(range(len(mine)), key=lambda i: _amount(mine[i].budget))
     curves: dict[Place, list[Point]] = {}
     for i in order:
-        bounded = known and is_bounded(policy)
-        bounds = _by_place(known[i], "bound", known[i].bound) if bounded else {}
+        bounds = bounds_by_place(known[i], mine[i].bound_scope) if known else {}
         for place, value in _by_place(mine[i], of, _value(mine[i], of)).items():
             loss = 1 - value if of == "mass" else value
             least = None if place not in bounds else 1 - bounds[place]
@@ -164,11 +162,16 @@ def total_bytes(held: Mapping[Place, tuple[int, int]], place: Place) -> dict[str
     return {"full": full, "kept": kept, "saved": full - kept}
 
 
-def is_bounded(policy: str | Policy) -> bool:
-    """Whether the oracle's bound, made for equal budgets of heads that evict, holds for it."""
-    found = parse_policy(policy)
-    plain = type(found).limits is type(parse_policy("oracle")).limits
-    return plain and not (found.selects or found.shares_heads)
+def bounds_by_place(oracle: Result, scope: str | None) -> dict[Place, float]:
+    """The oracle's bounds for a policy of this `bound_scope`, at the places that they are over."""
+    if scope is None:
+        return {}
+    whole = oracle.bound_of(scope)
+    if scope == "head":
+        return _by_place(oracle, "bound", whole)
+    places = _by_place(oracle, "bound_layer", whole).items() if scope == "layer" else ()
+    found = {place: value for place, value in places if place[1] is None}
+    return found if whole is None else found | {(None, None): whole}
 
 
 def _value(result: Result, of: str) -> float | None:

@@ -84,6 +84,9 @@ def _row(result: Result) -> dict[str, list[object]]:
         "output_error",
         "ties",
         "bound",
+        "bound_layer",
+        "bound_model",
+        "bound_scope",
     )
     row = {name: [getattr(result, name)] for name in names}
     return {

@@ -72,10 +72,7 @@ class HeadTotals:
 
     def mean_bound(self, pair: int) -> float | None:
         """`bound` as a mean like retained mass; None where there is none."""
-        if not self.masses[pair] or not np.isfinite(self.bound[pair]):
-            return None
-        # What the dual says may lie above what there is.
-        return min(float(self.bound[pair] / self.masses[pair]), 1.0)
+        return as_mean(self.bound[pair], self.masses[pair])
 
     def p5(self, pair: int) -> float | None:
         """5th percentile of mass, to 5e-5; None where no row was measured."""
@@ -83,6 +80,14 @@ class HeadTotals:
         if not counts[-1]:
             return None
         return int(np.searchsorted(counts, 0.05 * counts[-1])) / MASS_STEPS
+
+
+def as_mean(bound: float, masses: int) -> float | None:
+    """A bound on a sum of masses as a mean like retained mass; None where there is none."""
+    if not masses or not np.isfinite(bound):
+        return None
+    # What the dual says may lie above what there is.
+    return min(float(bound / masses), 1.0)
 
 
 @dataclass(eq=False)

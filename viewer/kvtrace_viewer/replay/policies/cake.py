@@ -53,8 +53,11 @@ class CAKE(Policy):
         """The window."""
         return self.window
 
-    def survey(self, heads: Sequence[Head], cuts: Longs) -> float:
-        """Return a layer's preference."""
+    def survey(self, heads: Sequence[Head], cuts: Longs) -> tuple[float, int | None]:
+        """Return a layer's preference, and its sliding window."""
+        return self._preference(heads, cuts), heads[0].window
+
+    def _preference(self, heads: Sequence[Head], cuts: Longs) -> float:
         if not len(cuts):
             return 1.0
         row = int(cuts[0])
@@ -67,12 +70,19 @@ class CAKE(Policy):
 
     def limits(self, budget: Budget, rows: Longs, head: Head) -> Longs:
         """Return the layer's share of all layers' budgets."""
-        there = present(rows, head.window)
-        preferences = head.surveys.get(self.spec, {head.layer: 1.0})
-        total = sum(preferences.values())
-        share = preferences[head.layer] / total if total > 0 else 1 / len(preferences)
-        whole = budget.limits(there) * len(preferences)
-        return np.clip(np.floor(whole * share), 1, there).astype(np.int64)
+        layers = head.surveys.get(self.spec, {head.layer: (1.0, head.window)})
+        preferences = np.array([preference for preference, _ in layers.values()])
+        of_layers = [budget.limits(present(rows, window)) for _, window in layers.values()]
+        whole = np.sum(of_layers, axis=0)
+        total = preferences.sum()
+        shares = preferences / total if total > 0 else np.full(len(layers), 1 / len(layers))
+        limits = np.floor(np.multiply.outer(whole, shares))
+        # A token for every layer comes first, so that the sum is the whole's also where some
+        # shares are less than one.
+        few = (limits < 1).any(axis=1)
+        limits[few] = 1 + np.floor(np.multiply.outer(whole[few] - len(layers), shares))
+        own = limits[:, list(layers).index(head.layer)]
+        return np.asarray(np.minimum(own, present(rows, head.window)), np.int64)
 
     def scores(self, block: Block, cuts: Cuts, state: Any) -> Doubles:
         """Mean and variance over the window, which gets none itself: it stays anyway."""

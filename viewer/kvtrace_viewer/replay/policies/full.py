@@ -20,5 +20,10 @@ class Full(Policy):
     name: ClassVar[str] = "full"
     signals: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def bound_scope(self) -> None:
+        """None: it keeps more than any budget."""
+        return None
+
     def decide(self, block: Block, cuts: Cuts, state: Any, cache: Cache) -> None:
         """Evict nothing."""

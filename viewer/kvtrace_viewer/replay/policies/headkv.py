@@ -42,7 +42,12 @@ class HeadKV(SnapKV):
             return mean
         table, own = entry(self.name, self.table, head.layer, head.kv_head)
         total = table.sum()
+        parts = table / total if total > 0 else np.full(table.shape, 1 / table.size)
         part = own / total if total > 0 else 1 / table.size
-        share = mean - mean / self.beta + mean / self.beta * table.size * part
+        pool = mean / self.beta * table.size
+        # Where some head's share is below a token, all have one before the rest is divided.
+        few = mean - mean / self.beta + pool * parts.min() < 1
+        pool = np.where(few, (mean - 1) / self.beta * table.size, pool)
+        share = np.where(few, 1 + (mean - 1) * (1 - 1 / self.beta), mean - mean / self.beta)
         # A share of whole tokens may be a rounding below itself.
-        return np.clip(np.floor(share + 1e-9), 1, there).astype(np.int64)
+        return np.minimum(np.floor(share + pool * part + 1e-9), there).astype(np.int64)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.block import BLOCK_ROWS, Block, Head
+from kvtrace_viewer.replay.bounds import Foreseen
 from kvtrace_viewer.replay.cache import Cache, Cuts
 from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.policy import Policy, parameter
@@ -117,6 +118,18 @@ class Oracle(Policy):
         """Most attention any policy can keep in this head, summed over rows and query heads."""
         least: Doubles = state.free + state.duals.min(axis=1)
         return least
+
+    def foreseen(self, state: Foresight) -> Foreseen:
+        """Return this head's part of what several retain at most that share their budgets."""
+        first_cut = int(state.cuts.rows[0])
+        return Foreseen(
+            prices=state.prices,
+            certain=state.free + state.worth,
+            valued=[np.sort(line[line > 0]) for line in state.values[:, : first_cut + 1]],
+            cuts=state.cuts.rows,
+            limits=state.cuts.limits,
+            last_cut=state.last_cut,
+        )
 
 
 class Foresight:
