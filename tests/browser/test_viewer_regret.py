@@ -29,8 +29,14 @@ def test_a_wanted_token_leads_to_the_map_of_its_query(
     assert shown == str(first["position"])
     total = trace.sql(f"select sum(regret) s from replay_regrets where replay = '{REPLAY}'")
     assert f"{total['s'][0].as_py():,.4g}" in browser.text("#regret-summary")
-    browser.js(f"{rows('regret-tokens')}[0].querySelector('.ag-cell').click()")
+    # The most wanted token is chosen already; another one shows its own.
     browser.until(f"{rows('regret-queries')}.length > 0")
+    browser.until(f"document.querySelector('#regret-asked').innerText.includes({shown!r})")
+    browser.js(f"{rows('regret-tokens')}[1].querySelector('.ag-cell').click()")
+    second = wanted_tokens(trace, REPLAY, 2)[1]["position"]
+    browser.until(f"document.querySelector('#regret-asked').innerText.includes('{second}:')")
+    browser.js(f"{rows('regret-tokens')}[0].querySelector('.ag-cell').click()")
+    browser.until(f"document.querySelector('#regret-asked').innerText.includes('{shown}:')")
     want = query_wants(trace, REPLAY, 0, first["position"])[0]
     link = f"{rows('regret-queries')}[0].querySelector('a')"
     assert browser.js(f"return {link}.innerText") == str(want["query"])

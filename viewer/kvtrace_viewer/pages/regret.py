@@ -8,7 +8,7 @@ from typing import Any
 
 import dash
 import dash_ag_grid as dag
-from dash import Input, Output, State, dcc, html, no_update
+from dash import Input, Output, State, dcc, html
 
 from kvtrace.cached import cached_requests
 from kvtrace.errors import KvtraceError
@@ -72,12 +72,10 @@ def register(app: Any, context: Context, order: int) -> None:
     app.callback(
         Output("regret-tokens", "rowData"),
         Output("regret-summary", "children"),
-        Output("regret-queries", "rowData", allow_duplicate=True),
-        Output("regret-asked", "children", allow_duplicate=True),
+        Output("regret-tokens", "selectedRows"),
         Input("regret-replay", "value"),
         Input("regret-request", "value"),
         State("regret-config", "data"),
-        prevent_initial_call="initial_duplicate",
     )(partial(show_tokens, context, computing))
     app.callback(
         Output("regret-queries", "rowData"),
@@ -85,7 +83,6 @@ def register(app: Any, context: Context, order: int) -> None:
         Input("regret-tokens", "selectedRows"),
         State("regret-replay", "value"),
         State("regret-config", "data"),
-        prevent_initial_call=True,
     )(partial(show_queries, context))
     app.clientside_callback(
         dash.ClientsideFunction("regret", "address"),
@@ -148,7 +145,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
         ),
         panel(
             "Who wanted it",
-            grid("regret-queries", QUERY_COLUMNS, "No token is chosen, or no query needed it"),
+            grid("regret-queries", QUERY_COLUMNS, "No token is chosen"),
             aside=html.Span(HINT, id="regret-asked", className="kv-note"),
             class_name="kv-flush",
         ),
@@ -178,15 +175,18 @@ def grid(grid_id: str, columns: list[dict[str, Any]], nothing: str) -> Component
 
 def show_tokens(
     context: Context, computing: threading.Lock, replay: str, request: str, config: dict[str, str]
-) -> tuple[Any, Any, list[Any], str]:
-    """Rows of the upper grid and what they sum to; computed and kept where they were not yet."""
+) -> tuple[list[Any], str, list[Any]]:
+    """Rows of the upper grid, what they sum to, and the row that is chosen at first.
+
+    They are computed and kept where they were not yet.
+    """
     try:
         trace = context.library.open(config["trace"])
         with computing:
             _ensure(trace, replay)
         rows = wanted_tokens(trace, replay, TOKENS, int(request))
     except (KvtraceError, OSError) as error:
-        return [], f"{error}", [], HINT
+        return [], f"{error}", []
     total = trace.sql(
         "select coalesce(sum(regret), 0) s, count(distinct position) n from replay_regrets where "
         f"replay = '{replay.replace(chr(39), chr(39) * 2)}' and request = {int(request)}"
@@ -196,15 +196,15 @@ def show_tokens(
         f"{total['n']:,} tokens{shown}; all regrets sum to {total['s']:,.4g}, the attention lost "
         "over layers, heads and rows"
     )
-    return rows, words, [], HINT
+    return rows, words, rows[:1]
 
 
 def show_queries(
     context: Context, selected: list[dict[str, Any]] | None, replay: str, config: dict[str, str]
-) -> tuple[Any, Any]:
+) -> tuple[list[Any], str]:
     """Rows of the lower grid for the token chosen in the upper one."""
     if not selected:
-        return no_update, no_update
+        return [], HINT
     token = selected[0]
     try:
         trace = context.library.open(config["trace"])
