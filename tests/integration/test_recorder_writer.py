@@ -168,6 +168,8 @@ def test_steps_that_come_while_earlier_ones_wait_for_room_are_sent(
 ) -> None:
     monkeypatch.setattr(pipeline, "TICK_SECONDS", 0.005)
     monkeypatch.setattr(held, "IDLE_NS", 50_000_000)
+    # The model's thread would send after so long, and wait for the other, which waits for it.
+    monkeypatch.setattr(held, "HELD_NS", 1 << 62)
     waits, goes = threading.Event(), threading.Event()
     original = pipeline.Pipeline.reserve
 

@@ -135,9 +135,13 @@ class Encoders:
         read : bool
             Whether a decoder has read it.
         """
-        if run is None or run.step is None:
+        if run is None:
             return
-        step, run.step = run.step, None
+        with self._lock:
+            # A thread that has more runs than `RECENT` sends others' rows, too.
+            step, run.step = run.step, None
+        if step is None:
+            return
         for taken in run.keys if read else ():
             if step.is_large and step.record.fault is None:
                 self._held.copy_now(step, taken)

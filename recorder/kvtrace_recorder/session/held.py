@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from kvtrace_recorder.layer_rows import LayerRows
-from kvtrace_recorder.messages import DecodeSteps, StepBatch
+from kvtrace_recorder.messages import StepBatch
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.copies import LayerParts, RowChoice
 from kvtrace_recorder.session.decode import DecodeRun
 from kvtrace_recorder.session.requests import CacheEntry
+from kvtrace_recorder.session.sending import HeldParcel, RunParcel, Sender
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
-from kvtrace_recorder.taps.keep import DTYPES
-from kvtrace_recorder.writer.slabs import Slab
+from kvtrace_recorder.taps.guard import TapGuard
 
 #: Steps of one batch, at most.
 STEPS = 64
@@ -87,31 +86,37 @@ class HeldSteps:
         Gives the pipeline that takes the batches.
     dtype : str
         Storage type.
+    guard : TapGuard
+        Takes errors of the copies.
     """
 
-    def __init__(self, open_pipeline: Callable[[], Pipeline], dtype: str) -> None:
+    def __init__(self, open_pipeline: Callable[[], Pipeline], dtype: str, guard: TapGuard) -> None:
         self._open_pipeline = open_pipeline
-        self._dtype = DTYPES[dtype]
-        self._lock = threading.RLock()
+        self._sender = Sender(open_pipeline, dtype, guard)
+        #: Whoever holds it finds no rows refused between asking for that and adding a step.
+        self.lock = threading.RLock()
         self._held: dict[int, Held] = {}
         self._runs: dict[int, DecodeRun] = {}
 
-    @property
-    def _pipeline(self) -> Pipeline:
-        return self._open_pipeline()
-
-    def add(self, step: ActiveStep) -> None:
-        """Hold a step that has ended, or send it."""
+    def make_way(self, step: ActiveStep) -> None:
+        """Send what is held, where a step that has ended cannot be sent together with it."""
         key = _key(step)
-        with self._lock:
+        with self.lock:
             held = self._held.get(key)
             if held is not None and (step.is_large or not held.takes(step)):
                 self._flush(key)
-                held = None
+
+    def add(self, step: ActiveStep) -> None:
+        """Hold a step that has ended, or send it; `make_way` was called."""
+        key = _key(step)
+        with self.lock:
             if step.is_large:
                 batch = StepBatch(step.model.info.key, [step.record], step.layers)
-                self._put(batch, step.slabs)
+                if not batch.num_rows:
+                    batch.layers = []
+                self._open_pipeline().put(batch, step.slabs)
                 return
+            held = self._held.get(key)
             if held is None:
                 held = self._held[key] = Held(step)
             held.add(step)
@@ -126,14 +131,16 @@ class HeldSteps:
         interpreter from it.
         """
         if id(run.entry) not in self._runs:
-            with self._lock:
+            with self.lock:
                 self._runs[id(run.entry)] = run
-        if len(run.durations) >= STEPS or now_ns - run.started[0] > HELD_NS:
+        # The ticking thread may have taken all of them since.
+        started = run.started[:1]
+        if len(run.durations) >= STEPS or (started and now_ns - started[0] > HELD_NS):
             self.flush(run.entry)
 
     def end_run(self, run: DecodeRun) -> None:
         """Send what a run holds; no step of it will come."""
-        with self._lock:
+        with self.lock:
             self.flush(run.entry)
             self._runs.pop(id(run.entry), None)
 
@@ -144,7 +151,7 @@ class HeldSteps:
         """
         if taken.hold is not Hold.KEPT:
             return
-        with self._lock:
+        with self.lock:
             held = self._held.get(id(step.entry))
             parts = None if held is None else held.layers.get(taken.spec.layer)
             if parts is not None:
@@ -155,25 +162,15 @@ class HeldSteps:
         parts = LayerParts(taken.spec, taken.sinks, taken.kinds)
         parts.add(taken, step.length)
         step.taken[taken.spec.layer] = None
-        rows = RowChoice.of([step])
-        nbytes = parts.nbytes(rows, self._dtype)
-        if not nbytes:
-            step.layers.append(LayerRows(taken.spec))
-            return
-        expected = len(step.model.expected.get(step.half, ()))
         # Rows of an encoder that wait for this step would wait forever, were it to wait for room.
         run = step.entry.encoder
         admitted = bool(step.slabs) or (run is not None and run.step is not None)
-        slab = self._pipeline.reserve(nbytes, admitted, nbytes * expected)
-        if slab is None:
-            self._refuse([step])
-            return
-        step.slabs.append(slab)
-        step.layers.append(parts.copy(slab, rows, self._dtype))
+        layers = len(step.model.expected.get(step.half, ()))
+        self._sender.copy_layer(step, parts, admitted=admitted, layers=layers)
 
     def give_up(self, step: ActiveStep) -> None:
         """The rows of a large step will not be sent."""
-        self._pipeline.give_back(step.slabs)
+        self._open_pipeline().give_back(step.slabs)
         step.layers, step.slabs = [], []
 
     def flush(self, entry: CacheEntry) -> None:
@@ -181,30 +178,36 @@ class HeldSteps:
         self._flush(id(entry))
 
     def _flush(self, key: int) -> None:
-        with self._lock:
+        with self.lock:
             held, run = self._held.pop(key, None), self._runs.get(key)
             if held is not None:
-                self._send(held)
+                self._sender.send(HeldParcel(held, self._sender.dtype))
             if run is None:
                 return
             # Asked before the steps are taken: while they wait for room the model goes on, and
             # may end with steps that nobody has taken.
             is_over = run.cache() is None
             if run.durations:
-                self._send_run(run)
+                self._sender.send(RunParcel(run, self._sender.dtype))
             if is_over:
                 # It holds the newest keys and values that the cache had.
                 del self._runs[key]
 
     def flush_all(self) -> None:
         """Copy and send everything."""
-        with self._lock:
+        with self.lock:
             for key in [*self._held, *self._runs]:
                 self._flush(key)
 
+    def close(self) -> None:
+        """Copy and send everything; no step will come."""
+        with self.lock:
+            self._sender.interrupted()
+            self.flush_all()
+
     def tick(self) -> None:
         """Copy and send what waits for a model that does not come; called from another thread."""
-        with self._lock:
+        with self.lock:
             before = time.time_ns() - IDLE_NS
             due = [key for key, held in self._held.items() if held.started_ns < before]
             for key, run in self._runs.items():
@@ -215,51 +218,6 @@ class HeldSteps:
                 self._synchronize(key)
                 self._flush(key)
 
-    def _send(self, held: Held) -> None:
-        records = [step.record for step in held.steps]
-        batch = StepBatch(held.steps[0].model.info.key, records)
-        rows = held.rows
-        nbytes = sum(parts.nbytes(rows, self._dtype) for parts in held.layers.values())
-        if not rows.count or not nbytes:
-            batch.layers = [LayerRows(x.spec) for x in held.layers.values()]
-            self._put(batch, [])
-            return
-        slab = self._pipeline.reserve(nbytes)
-        if slab is None:
-            self._refuse(held.steps)
-            self._put(batch, [])
-            return
-        with torch.no_grad():
-            batch.layers = [x.copy(slab, rows, self._dtype) for x in held.layers.values()]
-        self._put(batch, [slab])
-
-    def _send_run(self, run: DecodeRun) -> None:
-        message, rows = run.take(self._dtype)
-        nbytes = rows.nbytes
-        if not nbytes:
-            message.layers = rows.empty
-            self._pipeline.put(message)
-            return
-        slab = self._pipeline.reserve(nbytes)
-        if slab is None:
-            self._refuse_run(run, message)
-            return
-        rows.copy(slab, message)
-        self._pipeline.put(message, [slab])
-
-    def _refuse_run(self, run: DecodeRun, message: DecodeSteps) -> None:
-        reason, batch = self._pipeline.refusal, message.batch({})
-        self._pipeline.dropped_tokens += message.num_rows
-        for record in batch.steps:
-            record.fault = reason
-        run.entry.lose(reason)
-        self._pipeline.put(batch)
-
-    def _put(self, batch: StepBatch, slabs: list[Slab]) -> None:
-        if not batch.num_rows:
-            batch.layers = []
-        self._pipeline.put(batch, slabs)
-
     def _synchronize(self, key: int) -> None:
         # The model's thread may compute on a stream of its own.
         held, run = self._held.get(key), self._runs.get(key)
@@ -269,14 +227,6 @@ class HeldSteps:
         for device in {tensor.device for tensor in tensors if tensor is not None}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-
-    def _refuse(self, steps: list[ActiveStep]) -> None:
-        reason = self._pipeline.refusal
-        for step in steps:
-            if step.record.fault is None:
-                self._pipeline.dropped_tokens += step.record.num_tokens
-                step.record.fault = reason
-            step.entry.lose(reason)
 
 
 def _key(step: ActiveStep) -> int:

@@ -109,7 +109,7 @@ class Session:
         self._open_pipeline = open_pipeline
         self.samples = OutputSamples(self._put) if verify else None
         self.keeper = Keeper(selection, detail=detail, dtype=dtype, note=self._put)
-        self._held = HeldSteps(open_pipeline, dtype)
+        self._held = HeldSteps(open_pipeline, dtype, self.guard)
         #: What runs in this thread.
         self.local = Local()
         self._models: weakref.WeakKeyDictionary[Any, ModelState] = weakref.WeakKeyDictionary()
@@ -300,14 +300,14 @@ class Session:
 
     def tick(self) -> None:
         """Send what has waited long enough; called now and then from another thread."""
-        self.guard.run("copies", self._held.tick)
+        self.guard.run("waiting steps", self._held.tick)
 
     def finish(self) -> None:
         """Send what is left; the taps are gone."""
         self.is_running = False
         self._note_skipped()
         self._encoders.close()
-        self._held.flush_all()
+        self._held.close()
         self._book.close()
         self.batches.finish()
         self._send_ended()
@@ -394,14 +394,16 @@ class Session:
 
     def _submit(self, step: ActiveStep) -> None:
         record, entry = step.record, step.entry
-        # Earlier steps may have been refused by now, when they were copied.
-        record.fault = record.fault or entry.reason
-        if record.fault is not None:
-            entry.lose(record.fault)
-            self._held.give_up(step)
-        else:
-            self._advance(step)
-        self._held.add(step)
+        with self._held.lock:
+            self._held.make_way(step)
+            # Earlier steps may have been refused by now, when they were copied.
+            record.fault = record.fault or entry.reason
+            if record.fault is not None:
+                entry.lose(record.fault)
+                self._held.give_up(step)
+            else:
+                self._advance(step)
+            self._held.add(step)
 
     def _advance(self, step: ActiveStep) -> None:
         record, entry = step.record, step.entry

@@ -85,7 +85,9 @@ class WriterProcess:
             sizes = json.dumps({"slabs": [[slab.number, slab.size] for slab in some]})
             frames.send(self._channel, sizes.encode(), handles=[slab.handle for slab in some])
         self._known.update(slab.number for slab in new)
-        forget, self._forget = self._forget, []
+        # The hearing thread may add to them meanwhile.
+        forget = self._forget[:]
+        del self._forget[: len(forget)]
         kind = json.dumps({"message": number, "forget": forget})
         frames.send(self._channel, kind.encode(), *encode(message, slabs))
 
