@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.kernels import sum_group
-from kvtrace_viewer.replay.softmax import exp_of_rows, find_needed, least_float
+from kvtrace_viewer.replay.products import aligned, packed
+from kvtrace_viewer.replay.softmax import (
+    FEW,
+    SPAN,
+    attention_of_rows,
+    exp_of_rows,
+    find_needed,
+    least_float,
+)
 
 BLOCK_ROWS = 64  # 64 rows of every head of a layer stay in the caches of a CPU, a map does not
 
@@ -98,6 +106,11 @@ class Head:
         return np.asarray(np.isfinite(self.lse).all(axis=1))
 
     @cached_property
+    def packed_keys(self) -> Floats:
+        """[panel, head_dim, LANES]: the keys as products of rows read them."""
+        return packed(self.k)
+
+    @cached_property
     def values_and_one(self) -> Floats:
         """[token, value_dim + 1]: v, and a column of ones beside it."""
         values = np.empty((self.tokens, 0), np.float32) if self.v is None else self.v
@@ -122,12 +135,28 @@ class Head:
             scores[:] = 0
             return scores.reshape(self.group, stop - start, stop)
         rows = scores.reshape(self.group, stop - start, stop)
+        if self.lse is not None and self.softcap is None and self.alibi_slopes is None:
+            self._fused_rows(self.lse, start, stop, rows)
+            return rows
         scale = self.scale if self.softcap is None else self.scale / self.softcap
         queries = self.q[start:stop].transpose(1, 0, 2) * np.float32(scale)
         for g, out in enumerate(rows):  # a query head's rows stay in the cache of the core
             np.matmul(queries[g], self.k[:stop].T, out=out)
             self._finish(out, g, start, stop)
         return rows
+
+    def _fused_rows(self, lse: Floats, start: int, stop: int, rows: Floats) -> None:
+        """As `rows`, where scores are nothing but products: not even these are written."""
+        by_head = self.q[start:stop].transpose(1, 0, 2)
+        queries = np.multiply(by_head, np.float32(self.scale), order="C")
+        window, memory = self.window or self.tokens, aligned(FEW, SPAN)
+        for g, out in enumerate(rows):
+            totals = self._totals(lse, g, start, stop)
+            attention_of_rows(queries[g], self.packed_keys, totals, start, window, memory, out)
+
+    def _totals(self, lse: Floats, g: int, start: int, stop: int) -> Floats:
+        """[row]: log-sum-exp of query head g, infinite where there is no query."""
+        return np.where(self.has_query[start:stop], lse[start:stop, g], np.float32(np.inf))
 
     def _finish(self, rows: Floats, g: int, start: int, stop: int) -> None:
         """Turn products [row, key] of query head g into attention."""
@@ -145,8 +174,7 @@ class Head:
             exp_of_rows(rows, rows.max(axis=1), start)
             rows /= rows.sum(axis=1, keepdims=True)
         else:
-            known = self.has_query[start:stop]
-            exp_of_rows(rows, np.where(known, self.lse[start:stop, g], np.float32(np.inf)), start)
+            exp_of_rows(rows, self._totals(self.lse, g, start, stop), start)
 
     def attention(self, start: int, stop: int) -> Floats:
         """Return `rows` in memory of their own."""

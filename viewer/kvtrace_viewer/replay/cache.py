@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.cutting import cut_lowest, cut_oldest
+from kvtrace_viewer.replay.cutting import HELD, Bits, cut_lowest, cut_oldest
 from kvtrace_viewer.replay.kernels import NEVER
 
 Longs = NDArray[np.int64]
@@ -54,9 +53,8 @@ class Cache:
     ----------
     cuts : Cuts
         All decisions over the request.
-    barred : int64 or int32 [budget, token]
-        The greatest integer for what was held and is no more, the least for all others; of as
-        many bits as scores have.
+    barred : int32 [budget, token]
+        BARRED (see `cutting`) for what was held and is no more, HELD for all others.
     counts : int64 [budget]
         Tokens held, of those that have been in.
     left : int64 [budget]
@@ -73,7 +71,7 @@ class Cache:
         budgets, tokens = evicted_at.shape
         self.cuts = cuts
         self.window = window
-        self.barred = np.full((budgets, tokens), np.iinfo(np.int64).min)
+        self.barred = np.full((budgets, tokens), HELD)
         self.counts = np.zeros(budgets, dtype=np.int64)
         self.left = np.zeros(budgets, dtype=np.int64)
         self._oldest = np.zeros(budgets, dtype=np.int64)
@@ -117,12 +115,10 @@ class Cache:
     def _cut(self, cuts: Cuts, scores: Scores, budgets: Longs) -> None:
         # Writable whatever it was: numba compiles once more for arrays that are not.
         scores = np.require(scores, None, ["C", "W"])
-        integers = np.dtype[Any](np.int32 if scores.dtype == np.float32 else np.int64)
-        least = -(2 ** (8 * integers.itemsize - 1))
-        if self.barred.dtype != integers:
-            self.barred = np.where(self.barred < 0, least, ~least).astype(integers)
+        is_short = scores.dtype == np.float32
+        bits: Bits = scores.view(np.int32) if is_short else scores.view(np.int64)
         cut_lowest(
-            scores.view(integers),
+            bits,
             budgets,
             cuts.rows,
             cuts.limits,
@@ -135,8 +131,8 @@ class Cache:
             self.left,
             self.evicted_at,
             self.ties,
-            np.array([least], integers),
-            np.empty(cuts.rows[-1] + 1, integers),
+            np.iinfo(bits.dtype).min,
+            np.empty(cuts.rows[-1] + 1, np.int32),
         )
 
     def cut_oldest(self, cuts: Cuts) -> None:

@@ -1,9 +1,10 @@
 """Which tokens a cut evicts, compiled.
 
 A score is compared as an integer of the same order, so that the least of a row is one pass of
-vector instructions: a minimum of floats has to mind NaN and the sign of zero, and is not. What is
-not held is barred by the greatest integer, above every score; what is held, by the least, is not.
-float32 takes half the time of float64.
+vector instructions: a minimum of floats has to mind NaN and the sign of zero, and is not. Of
+float64 the upper halves are compared first, and the whole of those that share the least one. What
+is not held is barred by the greatest integer, above every score; what is held, by the least, is
+not.
 """
 
 from __future__ import annotations
@@ -12,30 +13,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.jit import jit
+from kvtrace_viewer.replay.vectors import COMPARED, equal_held, least_held, lowest_bit
 
-Doubles = NDArray[np.float64]
-Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
-Keys = Ints | Longs
+Bits = Ints | Longs
 
-CHUNK = 128  # the least of a chunk, then of the chunks: the place is looked for in one chunk only
+BARRED, HELD = np.int32(2**31 - 1), np.int32(-(2**31))
+CHUNK = 8 * COMPARED  # the least of a chunk, then of the chunks: one chunk is looked through
 
 
 @jit
-def ordered_keys(bits: Keys, lowest: Keys, keys: Keys) -> None:
-    """Write integers that compare as the floats whose bits are given; both zeros are equal.
+def ordered(bits: int, least: int) -> int:
+    """Return an integer that compares as the float whose bits are given; both zeros are equal.
 
-    `lowest` [1] is the least integer of their type.
+    `least` is the least integer of their type.
     """
-    least = lowest[0]
+    return bits if bits >= 0 else least - bits
+
+
+@jit
+def upper_keys(bits: Bits, least: int, shift: int, keys: Ints) -> None:
+    """Write the upper 32 bits of the floats' `ordered` integers."""
     for j in range(bits.shape[0]):
-        keys[j] = bits[j] if bits[j] >= 0 else least - bits[j]
+        keys[j] = ordered(bits[j], least) >> shift
 
 
 @jit
 def cut_lowest(
-    scores: Keys,
+    scores: Bits,
     budgets: Longs,
     rows: Longs,
     limits: Longs,
@@ -43,13 +49,13 @@ def cut_lowest(
     recent: Longs,
     window: int,
     joined: int,
-    barred: Keys,
+    barred: Ints,
     counts: Longs,
     left: Longs,
     evicted_at: Ints,
     ties: Longs,
-    lowest: Keys,
-    keys: Keys,
+    least: int,
+    keys: Ints,
 ) -> None:
     """Cut the caches of some budgets at every decision row of a block, lowest scores first.
 
@@ -63,15 +69,17 @@ def cut_lowest(
     rows : int64 [cut]; limits, sinks, recent : int64 [cut, budget]
     window : keys the model itself can see, 0 for all
     joined : tokens in the cache so far (positions 0..joined-1 have been in)
-    barred : as `scores`, [budget, token]; counts : int64 [budget], tokens held
+    barred : int32 [budget, token], BARRED or HELD; counts : int64 [budget], tokens held
     left : int64 [budget], positions below have left the window
     evicted_at : int32 [budget, token]; ties : int64 [budget]; the last five are updated
-    lowest : [1], see `ordered_keys`; keys : [token], working space
+    least : see `ordered`; keys : int32 [token], working space
     """
     last = joined
+    shift = 8 * scores.itemsize - 32
     for c in range(rows.shape[0]):
         row = rows[c]
-        ordered_keys(scores[c, : row + 1], lowest, keys)
+        bits = scores[c, : row + 1]
+        upper_keys(bits, least, shift, keys)
         for b in budgets:
             counts[b] += row + 1 - last
             if window > 0:
@@ -80,7 +88,11 @@ def cut_lowest(
             if surplus > 0:
                 low = max(sinks[c, b], left[b])
                 high = row + 1 - recent[c, b]
-                ties[b] += evict(keys, barred[b], low, high, surplus, row, evicted_at[b])
+                if surplus == 1:
+                    tie = _evict_one(bits, least, keys, barred[b], low, high, row, evicted_at[b])
+                else:
+                    tie = evict_many(bits, least, barred[b], low, high, surplus, row, evicted_at[b])
+                ties[b] += tie
                 counts[b] -= surplus
         last = row + 1
 
@@ -92,7 +104,7 @@ def cut_oldest(
     sinks: Longs,
     window: int,
     joined: int,
-    barred: Keys,
+    barred: Ints,
     counts: Longs,
     left: Longs,
     oldest: Longs,
@@ -126,7 +138,7 @@ def cut_oldest(
 
 
 @jit
-def leave_window(barred: Keys, counts: Longs, left: Longs, b: int, oldest_gone: int) -> None:
+def leave_window(barred: Ints, counts: Longs, left: Longs, b: int, oldest_gone: int) -> None:
     """Drop positions <= oldest_gone, which the model itself can no longer see."""
     for j in range(left[b], oldest_gone + 1):
         if barred[j] < 0:
@@ -136,62 +148,90 @@ def leave_window(barred: Keys, counts: Longs, left: Longs, b: int, oldest_gone: 
 
 
 @jit
-def evict(
-    keys: Keys, barred: Keys, low: int, high: int, surplus: int, row: int, evicted_at: Ints
+def _evict_one(
+    bits: Bits,
+    least: int,
+    keys: Ints,
+    barred: Ints,
+    low: int,
+    high: int,
+    row: int,
+    evicted_at: Ints,
 ) -> int:
-    """Evict the `surplus` lowest held keys of positions low..high-1; return 1 on a tie."""
-    if surplus == 1:
-        return _evict_one(keys, barred, low, high, row, evicted_at)
-    return _evict_many(keys, barred, low, high, surplus, row, evicted_at)
-
-
-@jit
-def _evict_one(keys: Keys, barred: Keys, low: int, high: int, row: int, evicted_at: Ints) -> int:
-    """Evict the lowest; return 1 when another is equally low."""
-    best, at, tie = np.int64(2**63 - 1), low, 0
-    for first in range(low, high, CHUNK):
-        last = min(first + CHUNK, high)
-        # Slices: an index that might be negative, for all numba knows, is not vectorised.
-        least = np.int64(_least(keys[first:last], barred[first:last]))
-        if least < best:
-            best, at, tie = least, first, 0
-        elif least == best:
-            tie = 1
-    found = -1
-    for j in range(at, min(at + CHUNK, high)):
-        if keys[j] == best and barred[j] < 0:
-            if found >= 0:
+    """Evict the lowest held of positions low..high-1; return 1 when another is equally low."""
+    lowest, at, until = _least_upper(keys, barred, low, high)
+    found, best, tie = -1, ordered(bits[0], least), 0
+    is_whole = bits.itemsize == keys.itemsize  # then the first is it, and a second makes a tie
+    whole = low + (high - low) // COMPARED * COMPARED
+    for first in range(at, until, COMPARED):
+        if first < whole:
+            places = equal_held(keys, barred, first, lowest)
+        else:
+            places = np.uint64(0)
+            for j in range(first, until):
+                places |= np.uint64(max(keys[j], barred[j]) == lowest) << np.uint64(j - first)
+        while places != np.uint64(0) and not (is_whole and tie):
+            j = first + lowest_bit(places)
+            places &= places - np.uint64(1)
+            key = ordered(bits[j], least)
+            if found < 0 or key < best:
+                found, best, tie = j, key, 0
+            elif key == best:
                 tie = 1
-                break
-            found = j
-    barred[found] = ~barred[found]
+        if is_whole and tie:
+            break
+    barred[found] = BARRED
     evicted_at[found] = row
     return tie
 
 
 @jit
-def _least(keys: Keys, barred: Keys) -> int:
-    least: int = max(keys[0], barred[0])
-    for j in range(1, keys.shape[0]):
-        least = min(least, max(keys[j], barred[j]))
-    return least
+def _least_upper(keys: Ints, barred: Ints, low: int, high: int) -> tuple[int, int, int]:
+    """Return the least held key, and from where to where all that are equal to it stand."""
+    lowest, at, until = int(BARRED), low, low
+    whole = low + (high - low) // COMPARED * COMPARED
+    for first in range(low, whole, CHUNK):
+        last = min(first + CHUNK, whole)
+        found = least_held(keys, barred, first, last)
+        if found < lowest:
+            lowest, at = found, first
+        if found == lowest:
+            until = last
+    for j in range(whole, high):
+        found = max(keys[j], barred[j])
+        if found < lowest:
+            lowest, at = found, whole
+        if found == lowest:
+            until = high
+    return lowest, at, until
 
 
 @jit
-def _evict_many(
-    keys: Keys, barred: Keys, low: int, high: int, surplus: int, row: int, evicted_at: Ints
+def evict_many(
+    bits: Bits,
+    least: int,
+    barred: Ints,
+    low: int,
+    high: int,
+    surplus: int,
+    row: int,
+    evicted_at: Ints,
 ) -> int:
-    """Evict the `surplus` lowest; return 1 when the margin is 0."""
-    places = np.empty(max(high - low, 0), dtype=np.int64)
-    count = 0
+    """Evict the `surplus` lowest held of positions low..high-1; return 1 when the margin is 0."""
+    keys, count = np.empty(max(high - low, 0), dtype=bits.dtype), 0
     for j in range(low, high):
-        places[count] = j
+        keys[count] = ordered(bits[j], least)
         count += barred[j] < 0
-    # Stable, and places ascend: among equals the older comes first.
-    order = np.argsort(keys[places[:count]], kind="mergesort")
-    for s in order[:surplus]:
-        barred[places[s]] = ~barred[places[s]]
-        evicted_at[places[s]] = row
-    if surplus == count:
-        return 0
-    return int(keys[places[order[surplus - 1]]] == keys[places[order[surplus]]])
+    last = np.partition(keys[:count], surplus - 1)[surplus - 1]
+    equal = surplus - (keys[:count] < last).sum()  # of those equal to the last, the oldest go
+    tie = 0
+    for j in range(low, high):
+        key = ordered(bits[j], least)
+        if barred[j] < 0 and key <= last:
+            if key == last and equal == 0:
+                tie = 1
+                continue
+            equal -= key == last
+            barred[j] = BARRED
+            evicted_at[j] = row
+    return tie

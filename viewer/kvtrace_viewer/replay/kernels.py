@@ -6,10 +6,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.jit import jit
+from kvtrace_viewer.replay.products import LANES, product
+from kvtrace_viewer.replay.vectors import COMPARED, between, lowest_bit
 
 NEVER = np.int32(2**31 - 1)  # evicted_at of a token still held at the end, inside the engine
 
-CHUNK = 128  # keys that are looked at together
+SPAN = 256  # keys whose attention and marks stay in the first cache
+
+PANEL = LANES
+"""Pairs in one product."""
+
+MASS_ROWS = 16
+"""Rows in one product: what is evicted inside them is added back one by one."""
+
+FEW, PANELS = 4, 5  # rows and panels whose sums fill a processor's registers
+product_of_few, product_of_one = product(FEW, PANELS), product(1, PANELS)
+panel_of_many, panel_of_one = product(MASS_ROWS, 1), product(1, 1)
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -51,52 +63,91 @@ def add_far(attention: Floats, start: int, distance: int, far: Doubles) -> None:
 
 
 @jit
-def count_events(evicted_at: Ints, stop: int, first: int, starts: Longs) -> None:
-    """Write to starts [row + 2] how many of keys 0..stop-1 went after row first, first+1, ...
-
-    Counts are summed up to where each row's events begin, one place further than `fill_events`
-    needs it.
-    """
-    last = first + starts.shape[0] - 3
-    starts[:] = 0
-    for p in range(evicted_at.shape[0]):
-        for begin in range(0, stop, CHUNK):
-            line = evicted_at[p, begin : min(begin + CHUNK, stop)]
-            if not is_told(line, first, last):
-                continue
-            for j in range(line.shape[0]):
-                if line[j] >= first and line[j] <= last:
-                    starts[line[j] - first + 2] += 1
-    for r in range(2, starts.shape[0]):
-        starts[r] += starts[r - 1]
+def told(line: Ints, at: int, first: int, last: int) -> np.uint64:
+    """A bit for each of the 64 tokens from `at` on that went after rows first..last."""
+    if at + COMPARED <= line.shape[0]:
+        return between(line, at, first, last)
+    places = np.uint64(0)
+    for j in range(at, line.shape[0]):
+        places |= np.uint64(first <= line[j] <= last) << np.uint64(j - at)
+    return places
 
 
 @jit
-def fill_events(
-    evicted_at: Ints, stop: int, first: int, starts: Longs, pairs: Ints, keys: Ints
+def list_events(evicted_at: Ints, first: int, last: int, pairs: Ints, keys: Ints) -> int:
+    """Write what went after rows first..last, pair by pair; return how many."""
+    count = 0
+    for p in range(evicted_at.shape[0]):
+        for at in range(0, evicted_at.shape[1], COMPARED):
+            places = told(evicted_at[p], at, first, last)
+            while places != np.uint64(0):
+                pairs[count] = p
+                keys[count] = at + lowest_bit(places)
+                count += 1
+                places &= places - np.uint64(1)
+    return count
+
+
+@jit
+def sort_events(
+    evicted_at: Ints, pairs: Ints, keys: Ints, first: int, starts: Longs, by_row: Ints
 ) -> None:
-    """Write pair and key of each event, row by row; starts [row + 2] then begin each row."""
-    last = first + starts.shape[0] - 3
-    for p in range(evicted_at.shape[0]):
-        for begin in range(0, stop, CHUNK):
-            line = evicted_at[p, begin : min(begin + CHUNK, stop)]
-            if not is_told(line, first, last):
-                continue
-            for j in range(line.shape[0]):
-                if line[j] >= first and line[j] <= last:
-                    at = starts[line[j] - first + 1]
-                    starts[line[j] - first + 1] = at + 1
-                    pairs[at] = p
-                    keys[at] = begin + j
+    """Write by_row [pair or key, event], row by row, and where each row's events begin."""
+    starts[:] = 0
+    for e in range(pairs.shape[0]):
+        starts[evicted_at[pairs[e], keys[e]] - first + 1] += 1
+    for r in range(1, starts.shape[0]):
+        starts[r] += starts[r - 1]
+    places = starts.copy()
+    for e in range(pairs.shape[0]):
+        row = evicted_at[pairs[e], keys[e]] - first
+        by_row[0, places[row]] = pairs[e]
+        by_row[1, places[row]] = keys[e]
+        places[row] += 1
 
 
 @jit
-def is_told(line: Ints, first: int, last: int) -> bool:
-    """Whether something of a line went after rows first..last: most stretches hold nothing."""
-    found = 0
-    for j in range(line.shape[0]):
-        found += (line[j] >= first) & (line[j] <= last)
-    return found > 0
+def masses_of(attention: Floats, held: Floats, active: Flags, mass: Floats) -> None:
+    """Write mass [query head, row, pair]: attention [query head, row, key] times what is held.
+
+    `held` is [panel, token, pair of the panel]; panels that are not `active` are left alone.
+    A stretch of keys stays in the first cache for all of them.
+    """
+    group, _, stop = attention.shape
+    mass[:] = 0
+    sums = np.empty((MASS_ROWS, PANELS * PANEL), dtype=np.float32)
+    for begin in range(0, stop, SPAN):
+        end = min(begin + SPAN, stop)
+        for g in range(group):
+            lines, target = attention[g, :, begin:end], mass[g]
+            p = 0
+            while p < active.shape[0]:
+                together = PANELS if active[p : p + PANELS].sum() == PANELS else 1
+                if active[p]:
+                    factors = held[p : p + together, begin:end]
+                    columns = slice(p * PANEL, (p + together) * PANEL)
+                    _add_products(lines, factors, sums, target[:, columns])
+                p += together
+
+
+@jit
+def _add_products(lines: Floats, factors: Floats, sums: Floats, target: Floats) -> None:
+    """Add to target [row, pair] the product of lines [row, key] and factors of one or PANELS."""
+    rows, panels = lines.shape[0], factors.shape[0]
+    if panels == PANELS:
+        whole = rows // FEW * FEW
+        for r in range(0, whole, FEW):
+            product_of_few(lines[r : r + FEW], factors, sums[r : r + FEW])
+        for r in range(whole, rows):
+            product_of_one(lines[r : r + 1], factors, sums[r : r + 1])
+    elif rows == MASS_ROWS:
+        panel_of_many(lines, factors, sums)
+    else:
+        for r in range(rows):
+            panel_of_one(lines[r : r + 1], factors, sums[r : r + 1])
+    for r in range(rows):
+        for k in range(panels * PANEL):
+            target[r, k] += sums[r, k]
 
 
 @jit

@@ -10,26 +10,23 @@ from numpy.typing import NDArray
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import left_window
 from kvtrace_viewer.replay.kernels import (
+    MASS_ROWS,
     NEVER,
+    PANEL,
     add_back,
     add_far,
-    count_events,
     count_hits,
-    fill_events,
+    list_events,
+    masses_of,
     release,
+    sort_events,
     store_masses,
 )
 from kvtrace_viewer.replay.outputs import FullOutputs, output_errors
+from kvtrace_viewer.replay.products import aligned
 
 MASS_STEPS = 10_000
 """Percentiles of mass are read from a histogram over multiples of 1/10,000: good to 5e-5."""
-
-PANEL = 16
-"""Pairs in one matrix product. Always the same, because BLAS rounds differently by shape, and a
-policy's numbers must not depend on which others are replayed with it."""
-
-MASS_ROWS = 16
-"""Rows in one product: what is evicted inside them is added back one by one."""
 
 BYTES_OF_ONE = np.uint64(0x0101010101010101)
 
@@ -83,7 +80,8 @@ class HeadMeasures:
         self.selects = selects
         self.as_of = 0
         panels = -(-pairs // PANEL)
-        self.held = np.ones((panels, head.tokens, PANEL), dtype=np.float32)
+        self.held = aligned(panels, head.tokens, PANEL)
+        self.held[:] = 1
         self.marks = np.full((head.tokens, -(-pairs // 8)), BYTES_OF_ONE)
         self.head = head
         self.first_rows = first_rows
@@ -125,8 +123,9 @@ class HeadMeasures:
         Filled for the pairs in `active`. A few rows at a time by matrix products with what is
         held at the last of them; what went in between is added back.
         """
-        panels = np.unique(active // PANEL)
-        group, rows, stop = block.attention.shape
+        panels = np.zeros(len(self.held), np.bool_)
+        panels[active // PANEL] = True
+        group, rows, _ = block.attention.shape
         mass = np.empty((group, rows, len(self.held) * PANEL), dtype=np.float32)
         released = 0
         for first in range(block.start, block.stop, MASS_ROWS):
@@ -135,9 +134,7 @@ class HeadMeasures:
             release(events.pairs, events.keys, released, end, self.held)
             released = end
             part = slice(first - block.start, last - block.start)
-            for panel in panels:
-                columns = slice(panel * PANEL, (panel + 1) * PANEL)
-                mass[:, part, columns] = block.attention[:, part] @ self.held[panel, :stop]
+            masses_of(block.attention[:, part], self.held, panels, mass[:, part])
             starts = events.starts[first - events.first : last - events.first]
             add_back(block.attention, block.start, first, starts, events.pairs, events.keys, mass)
         return mass
@@ -230,8 +227,10 @@ class Events:
     @classmethod
     def of(cls, evicted_at: NDArray[np.int32], first: int, stop: int) -> Events:
         """Find what of keys 0..stop-1 went after rows first..stop-1."""
-        starts = np.zeros(stop - first + 2, dtype=np.int64)
-        count_events(evicted_at, stop, first, starts)
-        pairs, keys = (np.empty(starts[-1], dtype=np.int32) for _ in range(2))
-        fill_events(evicted_at, stop, first, starts, pairs, keys)
-        return cls(first, starts[:-1], pairs, keys)
+        seen = evicted_at[:, :stop]
+        pairs, keys = np.empty((2, seen.size), dtype=np.int32)  # of which few pages are touched
+        count = list_events(seen, first, stop - 1, pairs, keys)
+        starts = np.empty(stop - first + 1, dtype=np.int64)
+        by_row = np.empty((2, count), dtype=np.int32)
+        sort_events(seen, pairs[:count], keys[:count], first, starts, by_row)
+        return cls(first, starts, *by_row)

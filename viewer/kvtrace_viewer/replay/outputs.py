@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from kvtrace_viewer.replay.block import Block
 from kvtrace_viewer.replay.cache import left_window
 from kvtrace_viewer.replay.jit import jit
-from kvtrace_viewer.replay.kernels import CHUNK, NEVER, is_told
+from kvtrace_viewer.replay.kernels import NEVER, told
+from kvtrace_viewer.replay.vectors import COMPARED, lowest_bit
 
 Bytes = NDArray[np.uint8]
 Doubles = NDArray[np.float64]
@@ -150,19 +151,16 @@ def _add_back(
     count = rows.shape[0]
     first, last = start + rows[0], start + rows[count - 1] - 1
     for p in range(gone.shape[0]):
-        for begin in range(0, gone.shape[1], CHUNK):
-            line = gone[p, begin : min(begin + CHUNK, gone.shape[1])]
-            if not is_told(line, first, last):
-                continue
-            for j in range(line.shape[0]):
-                if first <= line[j] <= last:
-                    value = values[begin + j]
-                    for r in range(count):
-                        if start + rows[r] > line[j]:
-                            break
-                        for g in range(attention.shape[0]):
-                            share = attention[g, rows[r], begin + j]
-                            _add_value(outputs[p, g * count + r], share, value)
+        for begin in range(0, gone.shape[1], COMPARED):
+            places = told(gone[p], begin, first, last)
+            while places != np.uint64(0):
+                j = begin + lowest_bit(places)
+                places &= places - np.uint64(1)
+                for r in range(count):
+                    if start + rows[r] > gone[p, j]:
+                        break
+                    for g in range(attention.shape[0]):
+                        _add_value(outputs[p, g * count + r], attention[g, rows[r], j], values[j])
 
 
 @jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.cutting import evict, leave_window
+from kvtrace_viewer.replay.cutting import evict_many, leave_window
 from kvtrace_viewer.replay.jit import jit, jit_sum
 from kvtrace_viewer.replay.shortlist import SPARE, drop, list_held, pick, range_of_cuts, shorten
 
@@ -21,6 +21,7 @@ Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
 TILE = 1024  # keys whose sums and marks of four budgets stay in a core's first cache
+LEAST = -(2**63)
 RUINED = 1e-3  # of a mass: with less of it left, a difference is not good to 1e-12 for certain
 
 
@@ -36,7 +37,7 @@ def accumulate_and_cut(
     recent: Longs,
     window: int,
     joined: int,
-    barred: Longs,
+    barred: Ints,
     counts: Longs,
     left: Longs,
     evicted_at: Ints,
@@ -82,7 +83,7 @@ def _one_budget(
     sinks: Longs,
     recent: Longs,
     window: int,
-    barred: Longs,
+    barred: Ints,
     count: Longs,
     left: Longs,
     evicted_at: Ints,
@@ -114,7 +115,8 @@ def _one_budget(
                 _catch_up(attention, masses, added, r + 1, sums)
                 added, listed = r + 1, 0
             if surplus > 1:
-                ties[0] += evict(sums.view(np.int64), barred, low, high, surplus, row, evicted_at)
+                bits = sums.view(np.int64)
+                ties[0] += evict_many(bits, LEAST, barred, low, high, surplus, row, evicted_at)
                 many = True
             else:
                 if not listed:
@@ -138,7 +140,7 @@ def _one_budget(
 
 
 @jit
-def _mass_left(row: Floats, mass: float, lost: Longs, barred: Longs, many: bool) -> float:
+def _mass_left(row: Floats, mass: float, lost: Longs, barred: Ints, many: bool) -> float:
     """Attention on what is held, of that on what was held at the block's start."""
     left = mass
     for j in lost:
@@ -147,7 +149,7 @@ def _mass_left(row: Floats, mass: float, lost: Longs, barred: Longs, many: bool)
 
 
 @jit_sum
-def _mass_held(row: Floats, barred: Longs) -> float:
+def _mass_held(row: Floats, barred: Ints) -> float:
     total = 0.0
     for j in range(row.shape[0]):
         total += row[j] if barred[j] < 0 else 0.0
@@ -176,7 +178,7 @@ def _add_row(row: Floats, share: float, sums: Doubles) -> None:
 
 
 @jit
-def kept_masses(attention: Floats, barred: Longs) -> Doubles:
+def kept_masses(attention: Floats, barred: Ints) -> Doubles:
     """Return [budget, query head * row]: the attention of each row on what is not barred."""
     group, rows, stop = attention.shape
     lines = attention.reshape(group * rows, stop)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from kvtrace_viewer.replay.jit import jit, jit_least
 
 Doubles = NDArray[np.float64]
+Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
 SPARE = 32  # tokens listed beyond those that will go
@@ -24,7 +25,7 @@ def range_of_cuts(rows: Longs, sinks: Longs, recent: Longs, left: int) -> tuple[
 
 
 @jit
-def list_held(barred: Longs, low: int, high: int, places: Longs) -> int:
+def list_held(barred: Ints, low: int, high: int, places: Longs) -> int:
     """Write the positions low..high-1 that are held, ascending; return their number."""
     count = 0
     for j in range(low, high):

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.jit import jit, jit_sum
+from kvtrace_viewer.replay.products import LANES, TILE, product
 from kvtrace_viewer.replay.vectors import COMPARED, lowest_bit, reaching, times_power
 
 Floats = NDArray[np.float32]
@@ -21,28 +22,83 @@ C2, C3, C4 = np.float32(5.0000001201e-1), np.float32(1.6666665459e-1), np.float3
 C5, C6, C7 = np.float32(8.3334519073e-3), np.float32(1.3981999507e-3), np.float32(1.9875691500e-4)
 ONE = np.float32(1)
 
+FEW, SPAN = 4, 2 * TILE  # rows and keys whose scores stay in the first cache until they are used
+PANELS = TILE // LANES
+product_of_few, product_of_one = product(FEW, PANELS), product(1, PANELS)
+
 
 @jit_sum
-def exp_of_rows(scores: Floats, totals: Floats, start: int) -> None:
-    """Turn scores [row, key] into exp(score - total of the row); zero after the row's own token.
+def _exp(scores: Floats, total: np.float32, out: Floats) -> None:
+    """Write exp(score - total).
 
     numpy's exp and the passes before it took three times as long. What would become less than
     e^-80 becomes 0: it is lost in any sum, and numbers too small to be normal take a processor
     many times as long wherever they are used.
     """
+    for j in range(out.shape[0]):
+        given = scores[j] - total
+        x = given if given > LEAST else LEAST
+        x = x if x < MOST else MOST  # attention is at most 1; what is not may not wrap round
+        shifted = x * LOG2_E + ROUNDING
+        n = shifted - ROUNDING
+        z = (x - n * LN2_HIGH) - n * LN2_LOW
+        p = ((((C7 * z + C6) * z + C5) * z + C4) * z + C3) * z + C2
+        found = times_power(p * (z * z) + z + ONE, shifted)
+        out[j] = found if given > LEAST else np.float32(0)
+
+
+@jit
+def exp_of_rows(scores: Floats, totals: Floats, start: int) -> None:
+    """Turn scores [row, key] into exp(score - total of the row); zero after the row's own token."""
     for r in range(scores.shape[0]):
-        row, total = scores[r, : start + r + 1], totals[r]
-        for j in range(row.shape[0]):
-            given = row[j] - total
-            x = given if given > LEAST else LEAST
-            x = x if x < MOST else MOST  # attention is at most 1; what is not may not wrap round
-            shifted = x * LOG2_E + ROUNDING
-            n = shifted - ROUNDING
-            z = (x - n * LN2_HIGH) - n * LN2_LOW
-            p = ((((C7 * z + C6) * z + C5) * z + C4) * z + C3) * z + C2
-            found = times_power(p * (z * z) + z + ONE, shifted)
-            row[j] = found if given > LEAST else np.float32(0)
-        scores[r, start + r + 1 :] = 0
+        seen = start + r + 1
+        _exp(scores[r, :seen], totals[r], scores[r, :seen])
+        scores[r, seen:] = 0
+
+
+@jit
+def attention_of_rows(
+    queries: Floats,
+    keys: Floats,
+    totals: Floats,
+    start: int,
+    window: int,
+    memory: Floats,
+    out: Floats,
+) -> None:
+    """Write out [row, key]: exp(q k - total of the row), zero for keys that a row cannot see.
+
+    A few rows and keys at a time, from product to attention in a core's first cache.
+
+    Parameters
+    ----------
+    queries : [row, dim], scaled, of rows start, start + 1, ...
+    keys : [panel, dim, LANES], see `products.packed`
+    window : keys that a row can see, its own included
+    memory : [FEW, SPAN], working space
+    """
+    rows, stop = out.shape
+    for first in range(0, stop, SPAN):
+        last = min(first + SPAN, stop)
+        for r in range(0, rows, FEW):
+            few = min(FEW, rows - r)
+            if first < start + r + few and last > start + r + 1 - window:
+                for tile in range(first // TILE, -(-last // TILE)):
+                    panels = keys[tile * PANELS : (tile + 1) * PANELS]
+                    scores = memory[:, tile * TILE - first : (tile + 1) * TILE - first]
+                    if few == FEW:
+                        product_of_few(queries[r : r + FEW], panels, scores)
+                    else:
+                        for i in range(few):
+                            product_of_one(queries[r + i : r + i + 1], panels, scores[i : i + 1])
+            for i in range(few):
+                row = start + r + i
+                low = min(max(row + 1 - window, first), last)
+                high = max(min(row + 1, last), low)
+                line = out[r + i]
+                line[first:low] = 0
+                _exp(memory[i, low - first : high - first], totals[r + i], line[low:high])
+                line[high:last] = 0
 
 
 @jit
