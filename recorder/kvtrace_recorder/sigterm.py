@@ -20,7 +20,8 @@ def end_on_sigterm(finish: Callable[[], object]) -> Callable[[], None]:
     Parameters
     ----------
     finish : callable
-        Called in the main thread, wherever that was; its errors are printed.
+        Called in a thread of its own, and the program runs on meanwhile: the main thread may hold
+        a lock that `finish`, or a thread that it waits for, needs. Its errors are printed.
 
     Returns
     -------
@@ -33,21 +34,34 @@ def end_on_sigterm(finish: Callable[[], object]) -> Callable[[], None]:
         return lambda: None
     pid = os.getpid()
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def handle(number: int, frame: FrameType | None) -> None:
         # First of all: a second SIGTERM is not made to wait.
         signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != pid:
+            _end()
+        # No daemon: where the program ends meanwhile, the interpreter waits for it.
+        ending = threading.Thread(target=_end, args=(finish,), name="kvtrace-end", daemon=False)
         try:
-            if os.getpid() == pid:
-                finish()
-        except Exception as error:  # noqa: BLE001 - the process ends as it was told to
-            print(f"kvtrace: the trace's end was not written: {error}", file=sys.stderr)
-        finally:
-            os.kill(os.getpid(), number)
+            ending.start()
+        except RuntimeError:
+            # The interpreter is about to end, or the system has no room for a thread.
+            _end()
 
-    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, handle)
 
     def undo() -> None:
-        if signal.getsignal(signal.SIGTERM) is end:
+        if signal.getsignal(signal.SIGTERM) is handle:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     return undo
+
+
+def _end(finish: Callable[[], object] | None = None) -> None:
+    """End this process by SIGTERM, whose handling is the system's again."""
+    try:
+        if finish is not None:
+            finish()
+    except Exception as error:  # noqa: BLE001 - the process ends as it was told to
+        print(f"kvtrace: the trace's end was not written: {error}", file=sys.stderr)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -136,6 +136,26 @@ def test_a_script_that_is_sent_a_signal(
     assert check_sealed(tmp_path, status).rows >= seen
 
 
+# Other threads of the recorder need this lock before they can end.
+IN_A_LOCK = """
+from kvtrace_recorder.pipeline import Pipeline
+put = Pipeline.put
+def interrupted(self, *message):
+    with self._changed:
+        if threading.current_thread() is threading.main_thread() and self.status.rows:
+            Pipeline.put = put
+            os.kill(os.getpid(), signal.SIGTERM)
+        put(self, *message)
+Pipeline.put = interrupted
+forever()
+"""
+
+
+def test_sigterm_while_the_recorder_holds_a_lock(start: Start, tmp_path: Path) -> None:
+    assert start(last=IN_A_LOCK).wait(100) == -signal.SIGTERM
+    assert check_sealed(tmp_path, "complete").rows
+
+
 @pytest.mark.parametrize(
     ("number", "first", "returned", "status"),
     [

@@ -185,6 +185,9 @@ class Recording:
         self._training = Training()
         self._pid: int | None = None
         self._opening = threading.RLock()
+        # SIGTERM ends a recording in a thread of its own, at the program's end it may be.
+        self._ending = threading.RLock()
+        self._is_over = False
         self._pipeline: Pipeline | None = None
         self._session: Session | None = None
         self._patches: list[Restorable] = []
@@ -277,15 +280,10 @@ class Recording:
         if os.getpid() != self._pid:
             # A forked child leaves the block too; the recording is its parent's.
             return
-        try:
-            self._remove_taps()
-            if self._session is not None:
-                self._session.finish()
-        finally:
-            active.end()
-            if self._pipeline is not None:
-                self._pipeline.close(complete=error is None and self.complete)
-        self._report(finished=error is None)
+        with self._ending:
+            if not self._is_over:
+                self._is_over = True
+                self._end(finished=error is None)
 
     def join(self, launch: str, on_fork: Callable[[], None]) -> None:
         """Before entering: be one process of several that `kvtrace record` has launched.
@@ -353,6 +351,23 @@ class Recording:
                     on_tick=self._tick,
                 )
             return self._pipeline
+
+    def _end(self, *, finished: bool) -> None:
+        try:
+            if self._session is not None:
+                # Before the taps go: a step that runs in another thread would lack some layers.
+                self._session.stop()
+            self._remove_taps()
+            if self._session is not None:
+                self._session.finish()
+        finally:
+            active.end()
+            # Another thread may be about to run the first step.
+            with self._opening:
+                pipeline = self._pipeline
+            if pipeline is not None:
+                pipeline.close(complete=finished and self.complete)
+        self._report(finished=finished)
 
     def _tick(self) -> None:
         if self._session is not None:

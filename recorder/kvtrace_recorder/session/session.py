@@ -101,7 +101,7 @@ class Session:
         self.training = training
         self.guard = TapGuard(strict=strict, report=self._report)
         self.pid = os.getpid()
-        #: False once the taps are gone: torch.compile may hold on to what stood there.
+        #: False once the recording ends: torch.compile may hold on to what stood there.
         self.is_running = True
         #: The model to record where it is none of transformers' and contains none.
         self.plain = None if model is None or has_transformers(model) else model
@@ -257,6 +257,8 @@ class Session:
 
     def end(self, step: ActiveStep, output: Any, elapsed_ns: int) -> None:
         """The model has returned."""
+        if not self.is_running:
+            return
         if (run := step.run) is not None:
             if run.ended(elapsed_ns):
                 self._held.ended(run, step.record.started_ns + elapsed_ns)
@@ -288,6 +290,8 @@ class Session:
 
     def abandon(self, step: ActiveStep) -> None:
         """The model has raised."""
+        if not self.is_running:
+            return
         if step.run is not None:
             step.run.hand_over()
         step.record.fault = step.record.fault or "the forward pass raised"
@@ -302,9 +306,12 @@ class Session:
         """Send what has waited long enough; called now and then from another thread."""
         self.guard.run("waiting steps", self._held.tick)
 
+    def stop(self) -> None:
+        """Begin no step from here on, and leave out those that run in other threads."""
+        self.is_running = False
+
     def finish(self) -> None:
         """Send what is left; the taps are gone."""
-        self.is_running = False
         self._note_skipped()
         self._encoders.close()
         self._held.close()
