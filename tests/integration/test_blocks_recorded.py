@@ -30,6 +30,12 @@ def test_what_the_manager_shared_is_what_its_blocks_hit(tmp_path: Path) -> None:
     stream = read_stream(trace)
     assert stream.block_size == PAGE
     assert stream.prompt_tokens.tolist() == [23, 19, 22]
+    # One after the other: each has ended when the next begins.
+    assert (stream.end_ns > stream.arrival_ns).all()
+    assert (stream.end_ns[:-1] <= stream.arrival_ns[1:]).all()
+    (held,) = replay_blocks(stream, ["lru"], [64], hold="service")
+    assert held.held is not None
+    assert held.held.most == max(len(part) for part in np.split(stream.blocks, stream.starts[1:-1]))
     shared = [e["block_index"] for e in events(trace, "share")]
     # 18 common tokens are four full pages.
     assert shared == [0, 1, 2, 3] * 2

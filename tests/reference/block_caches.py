@@ -6,7 +6,7 @@ Slow on purpose: nothing is shared with the kernels but the order of the accesse
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class Cache:
@@ -363,4 +363,35 @@ class Belady(Cache):
             self.held.remove(max(self.held, key=self.next_use))
             self.evictions += 1
         self.held.add(block)
+        return hit
+
+
+class Holding(Cache):
+    """Of the blocks that may go the first in an order; None where none may.
+
+    `key` orders blocks by the accesses since they came, as their numbers; `until` says of each
+    access from which one on its block may go, as far as it says.
+    """
+
+    def __init__(
+        self, capacity: int, key: Callable[[list[int]], object], until: Sequence[int]
+    ) -> None:
+        super().__init__(capacity)
+        self.key = key
+        self.until = until
+        self.uses: dict[int, list[int]] = {}
+        self.stays: dict[int, int] = {}
+        self.now = -1
+
+    def serve(self, block: int) -> bool | None:
+        self.now += 1
+        self.stays[block] = max(self.stays.get(block, 0), self.until[self.now])
+        hit = block in self.uses
+        if not hit and len(self.uses) == self.capacity:
+            free = [held for held in self.uses if self.stays[held] <= self.now]
+            if not free:
+                return None
+            del self.uses[min(free, key=lambda held: self.key(self.uses[held]))]  # type: ignore[arg-type, return-value]
+            self.evictions += 1
+        self.uses.setdefault(block, []).append(self.now)
         return hit

@@ -9,6 +9,8 @@ from tests.support.blocks import stream_of
 
 from kvtrace.errors import InputError
 from kvtrace_viewer.blocks import POLICIES, BlockPolicy, parse_block_policy, replay_blocks
+from kvtrace_viewer.blocks.guard import Guard
+from kvtrace_viewer.blocks.policies.lru import LRU
 from kvtrace_viewer.blocks.policy import Hits
 from kvtrace_viewer.blocks.stream import Ids
 from kvtrace_viewer.blocks.testing import BlockPolicyContract, chains
@@ -49,6 +51,9 @@ def test_our_policies_keep_the_contract(name: str) -> None:
     kit.test_no_more_is_held_than_fits()
     kit.test_evictions_are_of_blocks_that_came()
     kit.test_it_is_deterministic()
+    # A window below one block lets nothing in, so misses do not come in.
+    whole = {"wtinylfu": "wtinylfu:window=1"}.get(name, name)
+    type("Kit", (BlockPolicyContract,), {"policy": whole})().test_what_must_stay_is_not_evicted()
     if name != "wtinylfu":
         # Its sketch is sized by the capacity alone, but hashes the ids, which the begin shares.
         kit.test_the_future_is_not_known()
@@ -61,7 +66,9 @@ class Liar(BlockPolicy):
 
     name = "liar"
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits, guard: Guard | None = None
+    ) -> int:
         hits[:] = 1
         return len(blocks)
 
@@ -79,6 +86,23 @@ def test_the_contract_can_fail() -> None:
             test()
 
 
+class Deaf(LRU):
+    """It takes a guard and does not listen."""
+
+    name = "deaf"
+
+    def simulate(
+        self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits, guard: Guard | None = None
+    ) -> int:
+        return super().simulate(blocks, num_blocks, capacity, hits)
+
+
+def test_the_contract_fails_a_policy_that_evicts_what_must_stay() -> None:
+    kit = type("Kit", (BlockPolicyContract,), {"policy": Deaf()})()
+    with pytest.raises(AssertionError):
+        kit.test_what_must_stay_is_not_evicted()
+
+
 def test_a_policy_of_ones_own_is_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(MINE)
@@ -89,6 +113,7 @@ def test_a_policy_of_ones_own_is_a_file(tmp_path: Path) -> None:
     assert mine.policy == "mine.py:Mine:newest=2"
     kit = type("Kit", (BlockPolicyContract,), {"policy": f"{file}:Mine"})()
     kit.test_nothing_beats_belady()
+    kit.test_what_must_stay_is_not_evicted()
     kit.test_the_future_is_not_known()
 
 

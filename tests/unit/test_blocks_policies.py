@@ -162,7 +162,7 @@ def test_levels_by_hand() -> None:
     found = parse_block_policy("pinned_prefix:prefix=1").run(stream, 4)
     assert found.hits.tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 0, 1]
     hard = parse_block_policy("pinned_prefix:prefix=9,hard=true").run(stream, 4)
-    assert (hard.hits.tolist(), hard.evictions) == ([0, 0, 0, 0, 0, 0, 1, 1, 1, 1], 0)
+    assert (hard.hits.tolist(), hard.evictions) == ([0, 0, 0, 0, 3, 3, 1, 1, 1, 1], 0)
     last = parse_block_policy("sliding_window:window=1").run(stream, 9)
     assert last.hits.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
     read = parse_block_policy("recent_n:n=2").run(stream, 9)

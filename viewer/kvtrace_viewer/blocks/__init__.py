@@ -6,7 +6,7 @@
 
 from kvtrace_viewer.blocks.accounting import Accounting
 from kvtrace_viewer.blocks.curve import LRUCurve, lru_curve, sampled_lru_curve
-from kvtrace_viewer.blocks.pinned import Pinned
+from kvtrace_viewer.blocks.holding import Held
 from kvtrace_viewer.blocks.policies import POLICIES
 from kvtrace_viewer.blocks.policy import BlockPolicy, Outcome, parameter
 from kvtrace_viewer.blocks.result import BlockResult
@@ -23,9 +23,9 @@ __all__ = [
     "BlockPolicy",
     "BlockResult",
     "BlockStream",
+    "Held",
     "LRUCurve",
     "Outcome",
-    "Pinned",
     "StepPolicy",
     "curve_capacities",
     "dense_ids",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvtrace.errors import InputError
-from kvtrace_viewer.blocks.policy import HIT, UNREAD, Hits
+from kvtrace_viewer.blocks.policy import HIT, MISS, REFUSED, UNREAD, Hits
 from kvtrace_viewer.blocks.stream import BlockStream, Counts
 from kvtrace_viewer.replay.jit import jit
 
@@ -47,7 +47,7 @@ class Accounting:
         if self.hits == "prefix":
             found = before_first_miss(found, stream.starts)
         weights = stream.tokens if self.unit == "token" else None
-        sums = np.bincount(found, weights, minlength=3)
+        sums = np.bincount(found, weights, minlength=4)
         return round(sums.sum() - sums[UNREAD]), round(sums[HIT])
 
     def to_json(self) -> dict[str, str]:
@@ -67,6 +67,6 @@ def _cut(found: Hits, starts: Counts) -> None:
     for r in range(len(starts) - 1):
         missed = False
         for i in range(starts[r], starts[r + 1]):
-            missed |= found[i] == 0
-            if missed and found[i] == 1:
-                found[i] = 0
+            missed |= found[i] == MISS or found[i] == REFUSED
+            if missed and found[i] == HIT:
+                found[i] = MISS

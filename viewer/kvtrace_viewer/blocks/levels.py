@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvtrace_viewer.blocks.chain import new_links, pop_tail, push_head, unlink
-from kvtrace_viewer.blocks.policy import Hits
+from kvtrace_viewer.blocks.chain import new_links, push_head, unlink
+from kvtrace_viewer.blocks.guard import Guard, hold, last_free, refuse
+from kvtrace_viewer.blocks.policy import REFUSED, Hits
 from kvtrace_viewer.blocks.stream import Ids
 from kvtrace_viewer.replay.jit import jit
 
 
 @jit
 def run_levels(
-    blocks: Ids, rank: Hits, num_blocks: int, capacity: int, recency: bool, pin: bool, hits: Hits
+    blocks: Ids,
+    rank: Hits,
+    num_blocks: int,
+    capacity: int,
+    recency: bool,
+    hits: Hits,
+    guard: Guard | None,
 ) -> int:
     """Run accesses through a cache; returns the evictions.
 
@@ -26,10 +33,10 @@ def run_levels(
         Distinct blocks, and those that the cache holds.
     recency : bool
         Within a rank evict the block last used longest ago, not the one that came first.
-    pin : bool
-        Never evict rank 3; what comes while nothing else is left does not come in.
     hits : uint8 [access]
-        Set to 1 where the block was there.
+        Set to 1 where the block was there, to 3 where it found no room.
+    guard : Guard or None
+        What must not be evicted.
     """
     links = new_links(num_blocks, 4)
     held_rank = np.zeros(num_blocks, np.uint8)
@@ -37,6 +44,7 @@ def run_levels(
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
+        hold(guard, block, i)
         if links[block, 0] >= 0:
             hits[i] = 1
             if recency or held_rank[block] != rank[i]:
@@ -46,11 +54,15 @@ def run_levels(
             continue
         if held == capacity:
             lowest = num_blocks
-            while links[lowest, 0] == lowest:
+            victim = last_free(links, lowest, guard, i)
+            while victim == lowest and lowest < num_blocks + 3:
                 lowest += 1
-            if pin and lowest == num_blocks + 3:
+                victim = last_free(links, lowest, guard, i)
+            if victim == lowest:
+                hits[i] = REFUSED
+                refuse(guard, i)
                 continue
-            pop_tail(links, lowest)
+            unlink(links, victim)
             evictions += 1
         else:
             held += 1

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtrace_viewer.blocks.guard import Guard
 from kvtrace_viewer.blocks.stream import BlockStream, Ids
 
 Hits = NDArray[np.uint8]
 
-#: Values of `Outcome.hits`: the block was there, was not, or was not asked for at all.
-HIT, MISS, UNREAD = 1, 0, 2
+#: Values of `Outcome.hits`: the block was there, was not, was not asked for at all, or was not
+#: there and found no room, since no other block might go.
+HIT, MISS, UNREAD, REFUSED = 1, 0, 2, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class Outcome:
     Attributes
     ----------
     hits : numpy.ndarray
-        uint8 [access]: 1 hit, 0 miss, 2 not asked for by this policy.
+        uint8 [access]: 1 hit, 0 miss, 2 not asked for by this policy, 3 miss that found no room.
     evictions : int
         Blocks evicted.
     notes : tuple of str
@@ -53,15 +55,28 @@ class BlockPolicy:
     name: ClassVar[str] = ""
     needs_full_blocks: ClassVar[bool] = False
     """Whether it never asks for a block that is not full."""
-    can_pin: ClassVar[bool] = True
-    """Whether it can run beside pinned blocks (`kvtrace_viewer.blocks.pinned`)."""
 
-    def run(self, stream: BlockStream, capacity: int) -> Outcome:
-        """Run a stream through a cache of `capacity` blocks, empty at first."""
+    def run(self, stream: BlockStream, capacity: int, guard: Guard | None = None) -> Outcome:
+        """Run a stream through a cache of `capacity` blocks, empty at first.
+
+        What `guard` says must stay is never evicted (`kvtrace_viewer.blocks.guard`); a policy
+        whose `run` or `simulate` takes none is run only where nothing must.
+        """
         hits = np.zeros(stream.accesses, np.uint8)
-        return Outcome(hits, self.simulate(stream.blocks, stream.num_blocks, capacity, hits))
+        if guard is None:
+            evictions = self.simulate(stream.blocks, stream.num_blocks, capacity, hits)
+        else:
+            evictions = self.simulate(stream.blocks, stream.num_blocks, capacity, hits, guard)
+        return Outcome(hits, evictions)
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self,
+        blocks: Ids,
+        num_blocks: int,
+        capacity: int,
+        hits: Hits,
+        guard: Guard | None = None,
+    ) -> int:
         """Run accesses through a cache.
 
         Parameters
@@ -73,7 +88,10 @@ class BlockPolicy:
         capacity : int
             Blocks that the cache holds, at least 1.
         hits : uint8 [access]
-            To be set to 1 where the block was there; zeros before.
+            To be set to 1 where the block was there, and to 3 where it was not and no other
+            might go for it; zeros before.
+        guard : Guard, optional
+            What must not be evicted; None: anything may be.
 
         Returns
         -------

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvtrace_viewer.blocks.accounting import Accounting
-from kvtrace_viewer.blocks.pinned import Pinned
+from kvtrace_viewer.blocks.holding import Held
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class BlockResult:
         What must be known to read it.
     error : float or None
         Twice the standard error of the hit ratio, where it is of a sample; None: exact.
-    pinned : Pinned or None
-        What was pinned, where blocks were.
+    held : Held or None
+        What had to stay, where something had to.
     """
 
     policy: str
@@ -47,7 +47,7 @@ class BlockResult:
     accounting: Accounting
     notes: tuple[str, ...] = ()
     error: float | None = None
-    pinned: Pinned | None = None
+    held: Held | None = None
 
     @property
     def hit_ratio(self) -> float | None:
@@ -68,5 +68,5 @@ class BlockResult:
             "error": self.error,
             "accounting": self.accounting.to_json(),
             "notes": list(self.notes),
-            **({} if self.pinned is None else {"pinned": self.pinned.to_json()}),
+            **({} if self.held is None else {"held": self.held.to_json()}),
         }

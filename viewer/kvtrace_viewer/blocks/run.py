@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from kvtrace.errors import InputError
 from kvtrace_viewer.blocks.accounting import Accounting
-from kvtrace_viewer.blocks.pinned import check_pin, run_pinned
+from kvtrace_viewer.blocks.holding import Holding, check_holding, holding_of
 from kvtrace_viewer.blocks.plugins import mistakes_explained
 from kvtrace_viewer.blocks.policy import BlockPolicy
 from kvtrace_viewer.blocks.result import BlockResult
@@ -23,6 +23,7 @@ def replay_blocks(
     accounting: Accounting | None = None,
     progress: Callable[[float], None] | None = None,
     pin: int = 0,
+    hold: int | str = 0,
 ) -> list[BlockResult]:
     """Run a stream through every policy at every capacity, in parallel.
 
@@ -39,7 +40,9 @@ def replay_blocks(
     progress : callable, optional
         Told the share done, 0 to 1.
     pin : int
-        First blocks of every prompt that are never evicted (`run_pinned`).
+        First blocks of every prompt that are never evicted.
+    hold : int or str
+        Requests that hold their blocks at once, or "service" (`holding_of`).
 
     Returns
     -------
@@ -49,8 +52,8 @@ def replay_blocks(
     Raises
     ------
     InputError
-        For an unknown policy, parameter or accounting, a capacity below 1, a pin below 0, and
-        a policy that cannot pin.
+        For an unknown policy, parameter or accounting, a capacity below 1, and for blocks that
+        are to stay where that cannot be (`holding_of`, `check_holding`).
 
     Examples
     --------
@@ -58,15 +61,16 @@ def replay_blocks(
     """
     chosen = {policy.spec: policy for policy in map(parse_block_policy, policies)}
     check_capacities(capacities)
-    check_pin(pin, list(chosen.values()))
     accounting = accounting or Accounting()
     if accounting.blocks == "full":
         stream = stream.full_blocks()
+    holding = holding_of(stream, pin, hold)
+    check_holding(holding, list(chosen.values()))
     pairs = [(policy, size) for policy in chosen.values() for size in dict.fromkeys(capacities)]
     results = []
     # The kernels let the GIL go.
     with ThreadPoolExecutor(min(len(pairs) or 1, os.cpu_count() or 1)) as pool:
-        for result in pool.map(lambda pair: _run(stream, pair, accounting, pin), pairs):
+        for result in pool.map(lambda pair: _run(stream, pair, accounting, holding), pairs):
             results.append(result)
             if progress:
                 progress(len(results) / len(pairs))
@@ -84,21 +88,30 @@ def check_capacities(capacities: Sequence[int]) -> None:
 
 
 def _run(
-    stream: BlockStream, pair: tuple[BlockPolicy, int], accounting: Accounting, pin: int
+    stream: BlockStream,
+    pair: tuple[BlockPolicy, int],
+    accounting: Accounting,
+    holding: Holding | None,
 ) -> BlockResult:
     policy, capacity = pair
     with mistakes_explained():
-        if pin:
-            outcome, pinned = run_pinned(policy, stream, capacity, pin)
+        if holding is None:
+            outcome = policy.run(stream, capacity)
         else:
-            outcome, pinned = policy.run(stream, capacity), None
+            outcome = policy.run(stream, capacity, holding.guard())
     accesses, hits = accounting.count(stream, outcome.hits)
     notes = (*stream.notes, *outcome.notes)
+    held = None
+    if holding is not None:
+        held = holding.held(outcome)
+        notes += (holding.note(held, capacity),)
+    if policy.name == "belady" and holding is not None:
+        notes += ("belady: no bound that is proven where blocks must stay",)
     if policy.name == "belady" and accounting != Accounting(blocks=accounting.blocks):
         notes += ("belady: a bound for hits per block; counted otherwise another may beat it",)
     return BlockResult(
         policy=policy.spec,
-        parameters={**policy.parameters(), **({"pin": pin} if pin else {})},
+        parameters={**policy.parameters(), **_asked(holding)},
         capacity=capacity,
         requests=stream.requests,
         accesses=accesses,
@@ -106,5 +119,12 @@ def _run(
         evictions=outcome.evictions,
         accounting=accounting,
         notes=notes,
-        pinned=pinned,
+        held=held,
     )
+
+
+def _asked(holding: Holding | None) -> dict[str, int | str]:
+    """What was asked to stay, among the parameters of a run."""
+    if holding is None:
+        return {}
+    return {name: value for name in ("pin", "hold") if (value := getattr(holding, name))}

@@ -34,14 +34,15 @@ def replay_curves(
     sample: float | None = None,
     progress: Callable[[float], None] | None = None,
     pin: int = 0,
+    hold: int | str = 0,
 ) -> list[BlockResult]:
     """Run a stream through every policy at the capacities of a curve, in parallel.
 
-    LRU is not run at all where nothing is pinned: one pass gives it at every capacity.
+    LRU is not run at all where no block must stay: one pass gives it at every capacity.
 
     Parameters
     ----------
-    stream, policies, accounting, progress, pin
+    stream, policies, accounting, progress, pin, hold
         As `replay_blocks` takes them.
     capacities : sequence of int
         Where none is given, those of `curve_capacities`.
@@ -51,13 +52,13 @@ def replay_curves(
     Raises
     ------
     InputError
-        As `replay_blocks`, and for another policy than lru with `sample`, or a pin.
+        As `replay_blocks`, and for another policy than lru with `sample`, or blocks that must stay.
     """
     accounting = accounting or Accounting()
     chosen = {policy.spec: policy for policy in map(parse_block_policy, policies)}
-    others = [policy for policy in chosen.values() if pin or not isinstance(policy, LRU)]
+    others = [policy for policy in chosen.values() if pin or hold or not isinstance(policy, LRU)]
     if sample is not None and others:
-        which = f"{others[0].name} with pinned blocks" if pin else others[0].name
+        which = f"{others[0].name} with blocks that must stay" if pin or hold else others[0].name
         raise InputError(
             f"{which} cannot be run on a sample of the blocks; only lru was expected with"
             " --sample; leave one of the two out"
@@ -65,7 +66,7 @@ def replay_curves(
     sizes = sorted(set(capacities)) or curve_capacities(stream)
     check_capacities(sizes)
     found: dict[str, list[BlockResult]] = {}
-    for result in replay_blocks(stream, others, sizes, accounting, progress, pin):
+    for result in replay_blocks(stream, others, sizes, accounting, progress, pin, hold):
         found.setdefault(result.policy, []).append(result)
     if len(others) < len(chosen):
         curve = (

@@ -45,6 +45,9 @@ class BlockStream:
         int64 [request], the trace's numbers of the requests; empty where it gives none.
     output_tokens : numpy.ndarray
         int64 [request], tokens that were generated; empty where not known.
+    end_ns : numpy.ndarray
+        int64 [request], when each had ended, on the clock of `arrival_ns`, which then ascends;
+        empty where not known.
     positions : numpy.ndarray
         int32 [access], index of each in its request where some were taken out; empty where none.
     source : str
@@ -64,6 +67,7 @@ class BlockStream:
     namespaces: tuple[str | None, ...] = ()
     request_ids: Counts = field(default_factory=lambda: np.empty(0, np.int64))
     output_tokens: Counts = field(default_factory=lambda: np.empty(0, np.int64))
+    end_ns: Counts = field(default_factory=lambda: np.empty(0, np.int64))
     positions: Ids = field(default_factory=lambda: np.empty(0, np.int32))
     source: str = ""
     notes: tuple[str, ...] = ()

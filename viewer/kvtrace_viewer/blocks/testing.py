@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvtrace_viewer.blocks.holding import holding_of, takes_guard
 from kvtrace_viewer.blocks.policies.belady import Belady
-from kvtrace_viewer.blocks.policy import HIT, BlockPolicy, Hits
+from kvtrace_viewer.blocks.policy import HIT, MISS, UNREAD, BlockPolicy, Hits
 from kvtrace_viewer.blocks.spec import parse_block_policy
 from kvtrace_viewer.blocks.stream import BlockStream, dense_ids
 
@@ -100,6 +101,27 @@ class BlockPolicyContract:
             for capacity in self.capacities:
                 hits, evictions = self._run(stream, capacity)
                 assert 0 <= evictions <= stream.accesses - np.count_nonzero(hits == HIT)
+
+    def test_what_must_stay_is_not_evicted(self) -> None:
+        """The first block of a prompt stays, and so do the blocks of the last three requests.
+
+        A policy that takes no guard, or asks for whole prefixes only, is passed.
+        """
+        policy = parse_block_policy(self.policy)
+        if policy.needs_full_blocks or not takes_guard(policy):
+            return
+        for stream in map(chains, self.seeds):
+            holding = holding_of(stream, pin=1, hold=3)
+            assert holding is not None
+            for capacity in self.capacities:
+                hits = policy.run(stream, capacity, holding.guard()).hits
+                stays = np.zeros(stream.num_blocks, np.int64)
+                here = np.zeros(stream.num_blocks, np.bool_)
+                for i, block in enumerate(stream.blocks):
+                    here[block] &= stays[block] > i
+                    assert not here[block] or hits[i] in (HIT, UNREAD), f"capacity {capacity}"
+                    stays[block] = max(stays[block], holding.until[i])
+                    here[block] |= hits[i] in (HIT, MISS)
 
     def test_it_is_deterministic(self) -> None:
         """The same stream gives the same result."""

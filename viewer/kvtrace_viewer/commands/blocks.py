@@ -64,8 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="never evict the first N blocks of a prompt, under any policy but vllm: room is set "
-        "aside for them, the policy has the rest (default: 0)",
+        help="never evict the first N blocks of a prompt, under any policy (default: 0)",
+    )
+    parser.add_argument(
+        "--hold",
+        type=_hold,
+        default=0,
+        metavar="N|service",
+        help="never evict blocks of requests in service, under any policy: those of the last N "
+        "requests, or, of a recorded run, of each from its first step to its last (default: 0)",
     )
     parser.add_argument(
         "--block-size",
@@ -92,6 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "policies:\n" + _policies()
 
 
+def _hold(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 def run(args: argparse.Namespace) -> int:
     """Run, print."""
     from kvtrace_viewer.blocks import Accounting, read_stream, replay_blocks, replay_curves
@@ -108,10 +119,19 @@ def run(args: argparse.Namespace) -> int:
     with progress("replaying") as tell:
         if args.curve:
             results = replay_curves(
-                stream, args.policy, args.capacity, accounting, args.sample, tell, args.pin
+                stream,
+                args.policy,
+                args.capacity,
+                accounting,
+                args.sample,
+                tell,
+                args.pin,
+                args.hold,
             )
         else:
-            results = replay_blocks(stream, args.policy, args.capacity, accounting, tell, args.pin)
+            results = replay_blocks(
+                stream, args.policy, args.capacity, accounting, tell, args.pin, args.hold
+            )
     store(trace, results, stream.block_size)
     if args.export_vllm:
         _export(args.policy, args.export_vllm)

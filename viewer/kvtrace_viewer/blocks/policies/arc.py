@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvtrace_viewer.blocks.chain import new_links, pop_tail, push_head, unlink
-from kvtrace_viewer.blocks.policy import BlockPolicy, Hits
+from kvtrace_viewer.blocks.guard import Guard, hold, last_free, refuse
+from kvtrace_viewer.blocks.policy import REFUSED, BlockPolicy, Hits
 from kvtrace_viewer.blocks.stream import Counts, Ids
 from kvtrace_viewer.replay.jit import jit
 
@@ -27,13 +28,20 @@ class ARC(BlockPolicy):
 
     name: ClassVar[str] = "arc"
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self,
+        blocks: Ids,
+        num_blocks: int,
+        capacity: int,
+        hits: Hits,
+        guard: Guard | None = None,
+    ) -> int:
         """Run; see `BlockPolicy.simulate`."""
-        return _arc(blocks, num_blocks, capacity, hits)
+        return _arc(blocks, num_blocks, capacity, hits, guard)
 
 
 @jit
-def _arc(blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+def _arc(blocks: Ids, num_blocks: int, capacity: int, hits: Hits, guard: Guard | None) -> int:
     links = new_links(num_blocks, 5)
     where = np.zeros(num_blocks, np.uint8)
     sizes = np.zeros(5, np.int64)
@@ -41,6 +49,7 @@ def _arc(blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
+        hold(guard, block, i)
         at = where[block]
         if at in (_T1, _T2):
             hits[i] = 1
@@ -51,49 +60,42 @@ def _arc(blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
             target = min(float(capacity), target + max(1.0, sizes[_B2] / sizes[_B1]))
         elif at == _B2:
             target = max(0.0, target - max(1.0, sizes[_B1] / sizes[_B2]))
+        if sizes[_T1] + sizes[_T2] == capacity:
+            source = _turn(sizes, target, at == _B2)
+            victim = last_free(links, num_blocks + source, guard, i)
+            if guard is not None and victim >= num_blocks:
+                source = _T1 + _T2 - source
+                victim = last_free(links, num_blocks + source, guard, i)
+                if victim >= num_blocks:
+                    hits[i] = REFUSED
+                    refuse(guard, i)
+                    continue
+            # Where all were used once, none of them is remembered.
+            remembered = at != 0 or sizes[_T1] < capacity
+            unlink(links, victim)
+            sizes[source] -= 1
+            where[victim] = 0
+            if remembered:
+                _join(links, sizes, where, num_blocks, victim, source + 2)
+            evictions += 1
         if at:
-            evictions += _replace(links, sizes, where, num_blocks, capacity, target, at == _B2)
             _leave(links, sizes, where, num_blocks, block)
             _join(links, sizes, where, num_blocks, block, _T2)
             continue
         if sizes[_T1] + sizes[_B1] == capacity:
-            if sizes[_T1] < capacity:
-                _drop(links, sizes, where, num_blocks, _B1)
-                evictions += _replace(links, sizes, where, num_blocks, capacity, target, False)
-            else:
-                _drop(links, sizes, where, num_blocks, _T1)
-                evictions += 1
-        elif sizes.sum() >= capacity:
-            if sizes.sum() == 2 * capacity:
-                _drop(links, sizes, where, num_blocks, _B2)
-            evictions += _replace(links, sizes, where, num_blocks, capacity, target, False)
+            _forget(links, sizes, where, num_blocks, _B1)
+        elif sizes[_T1] + sizes[_T2] + sizes[_B1] + sizes[_B2] == 2 * capacity:
+            _forget(links, sizes, where, num_blocks, _B2)
         _join(links, sizes, where, num_blocks, block, _T1)
     return evictions
 
 
 @jit
-def _replace(
-    links: Ids,
-    sizes: Counts,
-    where: Hits,
-    num_blocks: int,
-    capacity: int,
-    target: float,
-    from_b2: bool,
-) -> int:
-    """Evict into B1 or B2 where the cache is full; returns the evictions."""
-    if sizes[_T1] + sizes[_T2] < capacity:
-        return 0
+def _turn(sizes: Counts, target: float, from_b2: bool) -> int:
+    """The list whose turn it is to give a block up."""
     if sizes[_T1] > 0 and (sizes[_T1] > target or (from_b2 and sizes[_T1] == target)):
-        source = _T1
-    elif sizes[_T2] > 0:
-        source = _T2
-    else:
-        source = _T1
-    victim = pop_tail(links, num_blocks + source)
-    sizes[source] -= 1
-    _join(links, sizes, where, num_blocks, victim, source + 2)
-    return 1
+        return _T1
+    return _T2 if sizes[_T2] > 0 else _T1
 
 
 @jit
@@ -110,6 +112,6 @@ def _leave(links: Ids, sizes: Counts, where: Hits, num_blocks: int, block: int) 
 
 
 @jit
-def _drop(links: Ids, sizes: Counts, where: Hits, num_blocks: int, which: int) -> None:
+def _forget(links: Ids, sizes: Counts, where: Hits, num_blocks: int, which: int) -> None:
     where[pop_tail(links, num_blocks + which)] = 0
     sizes[which] -= 1

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvtrace_viewer.blocks.guard import Guard
+from kvtrace_viewer.blocks.levels import run_levels
 from kvtrace_viewer.blocks.policy import BlockPolicy, Hits
 from kvtrace_viewer.blocks.stream import Ids
 from kvtrace_viewer.replay.jit import jit
@@ -18,8 +20,18 @@ class FIFO(BlockPolicy):
 
     name: ClassVar[str] = "fifo"
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self,
+        blocks: Ids,
+        num_blocks: int,
+        capacity: int,
+        hits: Hits,
+        guard: Guard | None = None,
+    ) -> int:
         """Run; see `BlockPolicy.simulate`."""
+        if guard is not None:
+            rank = np.zeros(len(blocks), np.uint8)
+            return run_levels(blocks, rank, num_blocks, capacity, False, hits, guard)
         return _fifo(blocks, num_blocks, capacity, hits)
 
 

@@ -7,8 +7,10 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvtrace_viewer.blocks.guard import Guard, hold, is_full, may_go, refuse
 from kvtrace_viewer.blocks.heap import heap_pop, heap_push
-from kvtrace_viewer.blocks.policy import BlockPolicy, Hits, Outcome
+from kvtrace_viewer.blocks.parking import new_parking, park, unpark
+from kvtrace_viewer.blocks.policy import REFUSED, BlockPolicy, Hits, Outcome
 from kvtrace_viewer.blocks.stream import BlockStream, Ids
 from kvtrace_viewer.replay.jit import jit
 
@@ -24,34 +26,48 @@ class LengthAware(BlockPolicy):
 
     name: ClassVar[str] = "length_aware"
 
-    def run(self, stream: BlockStream, capacity: int) -> Outcome:
+    def run(self, stream: BlockStream, capacity: int, guard: Guard | None = None) -> Outcome:
         """Run; see `BlockPolicy.run`."""
         hits = np.zeros(stream.accesses, np.uint8)
-        found = _length_aware(stream.blocks, stream.index, stream.num_blocks, capacity, hits)
+        found = _length_aware(stream.blocks, stream.index, stream.num_blocks, capacity, hits, guard)
         return Outcome(hits, found)
 
 
 @jit
-def _length_aware(blocks: Ids, index: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+def _length_aware(
+    blocks: Ids, index: Ids, num_blocks: int, capacity: int, hits: Hits, guard: Guard | None
+) -> int:
     uses = np.zeros(num_blocks, np.int64)
     entry = np.zeros(num_blocks, np.int64)
     # Heap of (uses, position backwards), the access that made the entry; older ones are stale.
     keys = np.empty(len(blocks) + 1, np.int64)
     values = np.empty(len(blocks) + 1, np.int64)
+    parking = new_parking(guard, num_blocks)
     size = 0
     held = 0
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
+        hold(guard, block, i)
         if uses[block] > 0:
             hits[i] = 1
         elif held == capacity:
-            while True:
-                made = values[0]
-                victim = blocks[made]
+            victim = -1
+            size = unpark(parking, guard, keys, values, size, i)
+            while size > 0 and not is_full(guard, i):
+                made, key = values[0], keys[0]
+                found = blocks[made]
                 size = heap_pop(keys, values, size)
-                if uses[victim] > 0 and entry[victim] == made:
+                if uses[found] == 0 or entry[found] != made:
+                    continue
+                if may_go(guard, found, i):
+                    victim = found
                     break
+                park(parking, guard, found, key, made)
+            if victim < 0:
+                hits[i] = REFUSED
+                refuse(guard, i)
+                continue
             uses[victim] = 0
             evictions += 1
         else:

@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvtrace_viewer.blocks.chain import new_links, pop_tail, push_head, unlink
-from kvtrace_viewer.blocks.policy import BlockPolicy, Hits, parameter
+from kvtrace_viewer.blocks.guard import Guard, hold, is_full, last_free, may_go, pass_over, refuse
+from kvtrace_viewer.blocks.policy import REFUSED, BlockPolicy, Hits, parameter
 from kvtrace_viewer.blocks.stream import Counts, Ids
 from kvtrace_viewer.replay.jit import jit
 
@@ -31,14 +32,23 @@ class LIRS(BlockPolicy):
 
     queue: float = parameter(0.01, "share of the capacity for blocks of high recency", "share", 0)
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self,
+        blocks: Ids,
+        num_blocks: int,
+        capacity: int,
+        hits: Hits,
+        guard: Guard | None = None,
+    ) -> int:
         """Run; see `BlockPolicy.simulate`."""
         queue = max(1, int(capacity * self.queue))
-        return _lirs(blocks, num_blocks, capacity, capacity - queue, hits)
+        return _lirs(blocks, num_blocks, capacity, capacity - queue, hits, guard)
 
 
 @jit
-def _lirs(blocks: Ids, num_blocks: int, capacity: int, most_low: int, hits: Hits) -> int:
+def _lirs(
+    blocks: Ids, num_blocks: int, capacity: int, most_low: int, hits: Hits, guard: Guard | None
+) -> int:
     # A block can be in the stack and in one of the queues (held, evicted) at once.
     stack = new_links(num_blocks, 1)
     queue = new_links(num_blocks, 1)
@@ -49,10 +59,15 @@ def _lirs(blocks: Ids, num_blocks: int, capacity: int, most_low: int, hits: Hits
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
+        hold(guard, block, i)
         if kind[block] == _LOW or kind[block] == _HIGH:
             hits[i] = 1
         elif counts[_LOW] + counts[_HIGH] == capacity:
-            _evict(stack, queue, gone, kind, counts, end, capacity)
+            went = _evict(stack, queue, gone, kind, counts, end, capacity, guard, i)
+            if guard is not None and not went:
+                hits[i] = REFUSED
+                refuse(guard, i)
+                continue
             evictions += 1
         in_stack = stack[block, 0] >= 0
         if kind[block] == _HIGH:
@@ -87,14 +102,28 @@ def _become(kind: Hits, counts: Counts, block: int, what: int) -> None:
 
 @jit
 def _evict(
-    stack: Ids, queue: Ids, gone: Ids, kind: Hits, counts: Counts, end: int, most_gone: int
-) -> None:
-    """Evict the block that is longest in the queue; remember it while it is in the stack."""
-    victim = pop_tail(queue, end)
+    stack: Ids,
+    queue: Ids,
+    gone: Ids,
+    kind: Hits,
+    counts: Counts,
+    end: int,
+    most_gone: int,
+    guard: Guard | None,
+    i: int,
+) -> bool:
+    """Evict the block that is longest in the queue; remember it while it is in the stack.
+
+    Where none may go in the queue: the one of low recency nearest the stack's bottom.
+    """
+    victim = last_free(queue, end, guard, i)
+    if guard is not None and victim == end:
+        return _evict_low(stack, gone, kind, counts, end, guard, i)
+    unlink(queue, victim)
     counts[_HIGH] -= 1
     if stack[victim, 0] < 0:
         kind[victim] = 0
-        return
+        return True
     _become(kind, counts, victim, _GONE)
     push_head(gone, end, victim)
     if counts[_GONE] > most_gone:
@@ -102,6 +131,25 @@ def _evict(
         counts[_GONE] -= 1
         kind[forgotten] = 0
         unlink(stack, forgotten)
+    return True
+
+
+@jit
+def _evict_low(
+    stack: Ids, gone: Ids, kind: Hits, counts: Counts, end: int, guard: Guard, i: int
+) -> bool:
+    if is_full(guard, i):
+        return False
+    node = stack[end, 0]
+    while node != end and not (kind[node] == _LOW and may_go(guard, node, i)):
+        node = pass_over(stack, node, guard) if kind[node] == _LOW else stack[node, 0]
+    if node == end:
+        return False
+    unlink(stack, node)
+    counts[_LOW] -= 1
+    kind[node] = 0
+    _prune(stack, gone, kind, counts, end)
+    return True
 
 
 @jit

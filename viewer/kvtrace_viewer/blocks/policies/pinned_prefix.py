@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvtrace_viewer.blocks.guard import FOREVER, Guard, new_guard
 from kvtrace_viewer.blocks.levels import run_levels
 from kvtrace_viewer.blocks.policy import BlockPolicy, Outcome, parameter
 from kvtrace_viewer.blocks.stream import BlockStream
@@ -26,17 +27,20 @@ class PinnedPrefix(BlockPolicy):
     prefix: int = parameter(4, "first blocks of a prompt that are pinned", "blocks", 0)
     hard: bool = parameter(False, "never evict them at all", "true or false")
 
-    def run(self, stream: BlockStream, capacity: int) -> Outcome:
+    def run(self, stream: BlockStream, capacity: int, guard: Guard | None = None) -> Outcome:
         """Run; see `BlockPolicy.run`."""
         pinned = (stream.index < self.prefix) & ~stream.is_output
         hits = np.zeros(stream.accesses, np.uint8)
+        if self.hard:
+            others = np.arange(1, stream.accesses + 1) if guard is None else guard.until
+            guard = new_guard(np.where(pinned, FOREVER, others), stream.num_blocks)
         evictions = run_levels(
             stream.blocks,
             np.where(pinned, 3, 0).astype(np.uint8),
             stream.num_blocks,
             capacity,
             False,
-            self.hard,
             hits,
+            guard,
         )
         return Outcome(hits, evictions)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from kvtrace_viewer.blocks.guard import Guard
 from kvtrace_viewer.blocks.levels import run_levels
 from kvtrace_viewer.blocks.policy import BlockPolicy, Outcome, parameter
 from kvtrace_viewer.blocks.stream import BlockStream
@@ -25,7 +26,7 @@ class Priority(BlockPolicy):
 
     first: int = parameter(4, "first blocks of a prompt that have the highest", "blocks", 0)
 
-    def run(self, stream: BlockStream, capacity: int) -> Outcome:
+    def run(self, stream: BlockStream, capacity: int, guard: Guard | None = None) -> Outcome:
         """Run; see `BlockPolicy.run`."""
         rank = np.where(stream.is_output, 0, np.where(stream.index < self.first, 2, 1))
         hits = np.zeros(stream.accesses, np.uint8)
@@ -35,7 +36,7 @@ class Priority(BlockPolicy):
             stream.num_blocks,
             capacity,
             True,
-            False,
             hits,
+            guard,
         )
         return Outcome(hits, evictions)

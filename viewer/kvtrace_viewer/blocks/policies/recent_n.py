@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtrace_viewer.blocks.guard import Guard
 from kvtrace_viewer.blocks.policies.fifo import FIFO
 from kvtrace_viewer.blocks.policy import UNREAD, BlockPolicy, Outcome, parameter
 from kvtrace_viewer.blocks.stream import BlockStream
@@ -25,9 +26,9 @@ class RecentN(BlockPolicy):
 
     n: int = parameter(64, "last blocks of a request that are read", "blocks", 1)
 
-    def run(self, stream: BlockStream, capacity: int) -> Outcome:
+    def run(self, stream: BlockStream, capacity: int, guard: Guard | None = None) -> Outcome:
         """Run; see `BlockPolicy.run`."""
-        found = FIFO().run(stream, capacity)
+        found = FIFO().run(stream, capacity, guard)
         hits = np.where(self.reads(stream), found.hits, UNREAD)
         return Outcome(hits.astype(np.uint8), found.evictions)
 

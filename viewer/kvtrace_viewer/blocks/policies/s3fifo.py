@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvtrace_viewer.blocks.chain import new_links, pop_tail, push_head, unlink
-from kvtrace_viewer.blocks.policy import BlockPolicy, Hits, parameter
+from kvtrace_viewer.blocks.guard import Guard, hold, last_free, refuse
+from kvtrace_viewer.blocks.policy import REFUSED, BlockPolicy, Hits, parameter
 from kvtrace_viewer.blocks.stream import Counts, Ids
 from kvtrace_viewer.replay.jit import jit
 
@@ -39,10 +40,17 @@ class S3FIFO(BlockPolicy):
     ghost: float = parameter(0.9, "ids that are remembered, of the capacity", "share", 0)
     threshold: int = parameter(2, "uses in the small queue that lead to the main one", "uses", 1)
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self,
+        blocks: Ids,
+        num_blocks: int,
+        capacity: int,
+        hits: Hits,
+        guard: Guard | None = None,
+    ) -> int:
         """Run; see `BlockPolicy.simulate`."""
         small, ghost = int(capacity * self.small), int(capacity * self.ghost)
-        return _s3fifo(blocks, num_blocks, capacity, small, ghost, self.threshold, hits)
+        return _s3fifo(blocks, num_blocks, capacity, small, ghost, self.threshold, hits, guard)
 
 
 @jit
@@ -54,6 +62,7 @@ def _s3fifo(
     ghost: int,
     threshold: int,
     hits: Hits,
+    guard: Guard | None,
 ) -> int:
     links = new_links(num_blocks, 4)
     where = np.zeros(num_blocks, np.uint8)
@@ -62,6 +71,7 @@ def _s3fifo(
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
+        hold(guard, block, i)
         at = where[block]
         if at in (_SMALL, _MAIN):
             hits[i] = 1
@@ -71,7 +81,13 @@ def _s3fifo(
             unlink(links, block)
             sizes[_GHOST] -= 1
         if sizes[_SMALL] + sizes[_MAIN] == capacity:
-            _evict(links, where, uses, sizes, num_blocks, capacity - small, ghost, threshold)
+            main = capacity - small
+            if not _evict(links, where, uses, sizes, num_blocks, main, ghost, threshold, guard, i):
+                # What was remembered of it is forgotten.
+                where[block] = 0
+                hits[i] = REFUSED
+                refuse(guard, i)
+                continue
             evictions += 1
         filling = evictions == 0 and sizes[_SMALL] >= small
         uses[block] = 0
@@ -88,14 +104,6 @@ def _join(links: Ids, where: Hits, sizes: Counts, num_blocks: int, block: int, w
 
 
 @jit
-def _pop(links: Ids, where: Hits, sizes: Counts, num_blocks: int, which: int) -> int:
-    block = pop_tail(links, num_blocks + which)
-    where[block] = 0
-    sizes[which] -= 1
-    return block
-
-
-@jit
 def _evict(
     links: Ids,
     where: Hits,
@@ -105,23 +113,37 @@ def _evict(
     main: int,
     ghost: int,
     threshold: int,
-) -> None:
-    """Go through the queues until one block is gone."""
+    guard: Guard | None,
+    i: int,
+) -> bool:
+    """Go through the queues until one block is gone; blocks that must stay keep their places.
+
+    Where none may go in the queue whose turn it is, the other's turn comes.
+    """
     while True:
-        if sizes[_MAIN] > main or sizes[_SMALL] == 0:
-            block = _pop(links, where, sizes, num_blocks, _MAIN)
+        source = _MAIN if sizes[_MAIN] > main or sizes[_SMALL] == 0 else _SMALL
+        block = last_free(links, num_blocks + source, guard, i)
+        if block >= num_blocks:
+            source = _SMALL if source == _MAIN else _MAIN
+            block = last_free(links, num_blocks + source, guard, i)
+            if block >= num_blocks:
+                return False
+        unlink(links, block)
+        where[block] = 0
+        sizes[source] -= 1
+        if source == _MAIN:
             if uses[block] == 0:
-                return
+                return True
             uses[block] -= 1
             _join(links, where, sizes, num_blocks, block, _MAIN)
             continue
-        block = _pop(links, where, sizes, num_blocks, _SMALL)
         if uses[block] >= threshold:
             uses[block] = 0
             _join(links, where, sizes, num_blocks, block, _MAIN)
             continue
         if ghost > 0:
             if sizes[_GHOST] == ghost:
-                _pop(links, where, sizes, num_blocks, _GHOST)
+                where[pop_tail(links, num_blocks + _GHOST)] = 0
+                sizes[_GHOST] -= 1
             _join(links, where, sizes, num_blocks, block, _GHOST)
-        return
+        return True

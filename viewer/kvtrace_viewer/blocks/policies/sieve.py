@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvtrace_viewer.blocks.chain import new_links, push_head, unlink
-from kvtrace_viewer.blocks.policy import BlockPolicy, Hits
+from kvtrace_viewer.blocks.guard import Guard, hold, is_full, may_go, refuse
+from kvtrace_viewer.blocks.policy import REFUSED, BlockPolicy, Hits
 from kvtrace_viewer.blocks.stream import Ids
 from kvtrace_viewer.replay.jit import jit
 
@@ -23,13 +24,20 @@ class Sieve(BlockPolicy):
 
     name: ClassVar[str] = "sieve"
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self,
+        blocks: Ids,
+        num_blocks: int,
+        capacity: int,
+        hits: Hits,
+        guard: Guard | None = None,
+    ) -> int:
         """Run; see `BlockPolicy.simulate`."""
-        return _sieve(blocks, num_blocks, capacity, hits)
+        return _sieve(blocks, num_blocks, capacity, hits, guard)
 
 
 @jit
-def _sieve(blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+def _sieve(blocks: Ids, num_blocks: int, capacity: int, hits: Hits, guard: Guard | None) -> int:
     links = new_links(num_blocks, 1)
     used = np.zeros(num_blocks, np.bool_)
     end = num_blocks
@@ -38,6 +46,7 @@ def _sieve(blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
+        hold(guard, block, i)
         if links[block, 0] >= 0:
             hits[i] = 1
             used[block] = True
@@ -45,11 +54,22 @@ def _sieve(blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
         if held == capacity:
             if hand == end:
                 hand = links[end, 0]
-            while used[hand]:
-                used[hand] = False
+            # What may go is taken in the second round at the latest.
+            rest = 0 if is_full(guard, i) else 2 * held
+            while rest > 0:
+                if may_go(guard, hand, i):
+                    if not used[hand]:
+                        break
+                    used[hand] = False
+                else:
+                    rest -= 1
                 hand = links[hand, 0]
                 if hand == end:
                     hand = links[end, 0]
+            if rest == 0:
+                hits[i] = REFUSED
+                refuse(guard, i)
+                continue
             victim = hand
             hand = links[victim, 0]
             unlink(links, victim)

@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvtrace_viewer.blocks.chain import new_links, pop_tail, push_head, unlink
-from kvtrace_viewer.blocks.policy import BlockPolicy, Hits, parameter
+from kvtrace_viewer.blocks.guard import Guard, hold, last_free, refuse
+from kvtrace_viewer.blocks.policy import REFUSED, BlockPolicy, Hits, parameter
 from kvtrace_viewer.blocks.stream import Counts, Ids
 from kvtrace_viewer.replay.jit import jit
 
@@ -29,20 +30,36 @@ class TwoQ(BlockPolicy):
     probation: float = parameter(0.25, "share of the capacity that is A1in's (Kin)", "share", 0)
     remembered: float = parameter(0.5, "ids that A1out holds, of the capacity (Kout)", "share", 0)
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self,
+        blocks: Ids,
+        num_blocks: int,
+        capacity: int,
+        hits: Hits,
+        guard: Guard | None = None,
+    ) -> int:
         """Run; see `BlockPolicy.simulate`."""
         kin, kout = int(capacity * self.probation), int(capacity * self.remembered)
-        return _two_q(blocks, num_blocks, capacity, kin, kout, hits)
+        return _two_q(blocks, num_blocks, capacity, kin, kout, hits, guard)
 
 
 @jit
-def _two_q(blocks: Ids, num_blocks: int, capacity: int, kin: int, kout: int, hits: Hits) -> int:
+def _two_q(
+    blocks: Ids,
+    num_blocks: int,
+    capacity: int,
+    kin: int,
+    kout: int,
+    hits: Hits,
+    guard: Guard | None,
+) -> int:
     links = new_links(num_blocks, 4)
     where = np.zeros(num_blocks, np.uint8)
     sizes = np.zeros(4, np.int64)
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
+        hold(guard, block, i)
         at = where[block]
         if at == _IN:
             hits[i] = 1
@@ -57,7 +74,12 @@ def _two_q(blocks: Ids, num_blocks: int, capacity: int, kin: int, kout: int, hit
             unlink(links, block)
             sizes[_OUT] -= 1
         if sizes[_IN] + sizes[_MAIN] == capacity:
-            _make_room(links, sizes, where, num_blocks, kin, kout)
+            if not _make_room(links, sizes, where, num_blocks, kin, kout, guard, i):
+                # What was remembered of it is forgotten.
+                where[block] = 0
+                hits[i] = REFUSED
+                refuse(guard, i)
+                continue
             evictions += 1
         joins = _MAIN if at == _OUT else _IN
         push_head(links, num_blocks + joins, block)
@@ -68,19 +90,31 @@ def _two_q(blocks: Ids, num_blocks: int, capacity: int, kin: int, kout: int, hit
 
 @jit
 def _make_room(
-    links: Ids, sizes: Counts, where: Hits, num_blocks: int, kin: int, kout: int
-) -> None:
-    if sizes[_IN] > kin or sizes[_MAIN] == 0:
-        victim = pop_tail(links, num_blocks + _IN)
-        sizes[_IN] -= 1
-        where[victim] = 0
-        if kout > 0:
-            if sizes[_OUT] == kout:
-                where[pop_tail(links, num_blocks + _OUT)] = 0
-                sizes[_OUT] -= 1
-            push_head(links, num_blocks + _OUT, victim)
-            where[victim] = _OUT
-            sizes[_OUT] += 1
-    else:
-        where[pop_tail(links, num_blocks + _MAIN)] = 0
-        sizes[_MAIN] -= 1
+    links: Ids,
+    sizes: Counts,
+    where: Hits,
+    num_blocks: int,
+    kin: int,
+    kout: int,
+    guard: Guard | None,
+    i: int,
+) -> bool:
+    """Evict a block, from the other queue where none may go in the one whose turn it is."""
+    source = _IN if sizes[_IN] > kin or sizes[_MAIN] == 0 else _MAIN
+    victim = last_free(links, num_blocks + source, guard, i)
+    if victim >= num_blocks:
+        source = _MAIN if source == _IN else _IN
+        victim = last_free(links, num_blocks + source, guard, i)
+        if victim >= num_blocks:
+            return False
+    unlink(links, victim)
+    sizes[source] -= 1
+    where[victim] = 0
+    if source == _IN and kout > 0:
+        if sizes[_OUT] == kout:
+            where[pop_tail(links, num_blocks + _OUT)] = 0
+            sizes[_OUT] -= 1
+        push_head(links, num_blocks + _OUT, victim)
+        where[victim] = _OUT
+        sizes[_OUT] += 1
+    return True

@@ -9,7 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.blocks.chain import new_links, pop_tail, push_head, push_tail, unlink
-from kvtrace_viewer.blocks.policy import HIT, MISS, UNREAD, BlockPolicy, Hits, Outcome, parameter
+from kvtrace_viewer.blocks.guard import Guard, hold, is_pinned
+from kvtrace_viewer.blocks.policy import (
+    HIT,
+    MISS,
+    REFUSED,
+    UNREAD,
+    BlockPolicy,
+    Hits,
+    Outcome,
+    parameter,
+)
 from kvtrace_viewer.blocks.stream import BlockStream, Counts, Ids
 from kvtrace_viewer.replay.jit import jit
 
@@ -27,20 +37,20 @@ class VLLM(BlockPolicy):
     join the queue's tail, its last block first; blocks that cannot be cached, not being full,
     join at the head.
 
-    A request finishes when `in_flight` others have come after it, or earlier where its blocks are
-    needed: then the new one waits for the oldest. Blocks of generated tokens are allocated and
-    cached with the rest. A block that is computed twice is cached once (vLLM keeps both). It never
-    asks for blocks that are not full, nor for what was generated, and it stops at the first miss,
-    whatever else is counted.
+    A request finishes when `in_flight` others have come after it, or when the stream says so where
+    requests hold their blocks by it, or earlier where its blocks are needed: then the new one
+    waits for the oldest. vLLM pins nothing; a pinned block is a cached one that nobody frees.
+    Blocks of generated tokens are allocated and cached with the rest. A block that is computed
+    twice is cached once (vLLM keeps both). It never asks for blocks that are not full, nor for
+    what was generated, and it stops at the first miss, whatever else is counted.
     """
 
     name: ClassVar[str] = "vllm"
     needs_full_blocks: ClassVar[bool] = True
-    can_pin: ClassVar[bool] = False
 
     in_flight: int = parameter(1, "requests that hold their blocks at once", "requests", 1)
 
-    def run(self, stream: BlockStream, capacity: int) -> Outcome:
+    def run(self, stream: BlockStream, capacity: int, guard: Guard | None = None) -> Outcome:
         """Run; see `BlockPolicy.run`."""
         hits = np.zeros(stream.accesses, np.uint8)
         lengths = np.diff(stream.starts)
@@ -48,6 +58,7 @@ class VLLM(BlockPolicy):
         needs = np.maximum(lengths, -(-stream.prompt_tokens // stream.block_size))
         lookups = (np.maximum(stream.prompt_tokens, 1) - 1) // stream.block_size
         whole = np.repeat(stream.prompt_tokens // stream.block_size, lengths)
+        ends = self._ends(needs <= capacity, guard)
         evictions, refused = _vllm(
             stream.blocks,
             stream.starts,
@@ -58,16 +69,28 @@ class VLLM(BlockPolicy):
             np.concatenate([np.zeros(1, np.int64), np.cumsum(needs)]),
             stream.num_blocks,
             capacity,
-            min(self.in_flight, max(1, stream.requests)),
+            ends,
+            np.argsort(ends, kind="stable"),
             hits,
+            guard,
         )
         notes = []
         if refused:
             notes.append(
-                f"vllm: {refused} requests need more than {capacity} blocks and never run:"
+                f"vllm: {refused} requests find no room in {capacity} blocks and never run:"
                 " all misses"
             )
         return Outcome(hits, evictions, tuple(notes))
+
+    def _ends(self, runs: Flags, guard: Guard | None) -> Counts:
+        """First request after the end of each: int64 [request]; of those that run."""
+        if guard is not None and len(guard.ends):
+            return guard.ends
+        which = np.flatnonzero(runs)
+        later = which[self.in_flight :]
+        ends = np.full(len(runs), len(runs), np.int64)
+        ends[which[: len(later)]] = later
+        return ends
 
 
 @jit
@@ -81,8 +104,10 @@ def _vllm(
     firsts: Counts,
     num_blocks: int,
     capacity: int,
-    in_flight: int,
+    ends: Counts,
+    order: Counts,
     hits: Hits,
+    guard: Guard | None,
 ) -> tuple[int, int]:
     # The pool's places are the nodes; the queue's next is at its tail.
     links = new_links(capacity, 1)
@@ -91,11 +116,12 @@ def _vllm(
     cached = np.full(capacity, -1, np.int32)
     place_of = np.full(num_blocks, -1, np.int32)
     users = np.zeros(capacity, np.int32)
-    # Places of every request, and the requests that run: `oldest` first, `count` of them.
     places = np.empty(firsts[-1], np.int32)
-    running = np.empty(in_flight, np.int64)
+    # Requests that run: none before `oldest`; those before `ended` in the order of the ends do not.
+    runs = np.zeros(len(starts) - 1, np.bool_)
     oldest = 0
-    count = 0
+    ended = 0
+    kept = np.zeros(0 if guard is None else num_blocks, np.bool_)
     free = capacity
     evictions = 0
     refused = 0
@@ -104,27 +130,38 @@ def _vllm(
         own = places[firsts[r] : firsts[r + 1]]
         for i in range(starts[r], starts[r + 1]):
             hits[i] = MISS if is_asked[i] else UNREAD
+            hold(guard, blocks[i], i)
         if needs[r] > capacity:
             refused += 1
             continue
-        if count == in_flight:
-            free += _finish(links, cached, users, places, firsts, running[oldest])
-            oldest = (oldest + 1) % in_flight
-            count -= 1
+        while ended < len(order) and ends[order[ended]] <= r:
+            if runs[order[ended]]:
+                runs[order[ended]] = False
+                free += _finish(links, cached, users, places, firsts, order[ended])
+            ended += 1
         found, taken = _look_up(links, mine, place_of, users, own, hits[starts[r] :], lookups[r])
         free -= taken
-        while free < needs[r] - found:
-            free += _finish(links, cached, users, places, firsts, running[oldest])
-            oldest = (oldest + 1) % in_flight
-            count -= 1
+        while free < needs[r] - found and oldest < r:
+            if runs[oldest]:
+                runs[oldest] = False
+                free += _finish(links, cached, users, places, firsts, oldest)
+            oldest += 1
+        if free < needs[r] - found:
+            # Only where blocks are pinned.
+            free += _give_back(links, users, own[:found])
+            for i in range(starts[r], starts[r + 1]):
+                hits[i] = REFUSED if is_asked[i] else UNREAD
+            refused += 1
+            continue
         evictions += _allocate(links, cached, place_of, users, own, found)
         free -= needs[r] - found
         for n in range(found, len(mine)):
             if is_full[starts[r] + n] and place_of[mine[n]] < 0:
                 cached[own[n]] = mine[n]
                 place_of[mine[n]] = own[n]
-        running[(oldest + count) % in_flight] = r
-        count += 1
+        runs[r] = True
+        if guard is not None:
+            free -= _pin(links, mine, place_of, users, kept, guard)
     return evictions, refused
 
 
@@ -177,3 +214,30 @@ def _finish(links: Ids, cached: Ids, users: Ids, places: Ids, firsts: Counts, re
             else:
                 push_tail(links, end, place)
     return freed
+
+
+@jit
+def _give_back(links: Ids, users: Ids, own: Ids) -> int:
+    """Let the cached blocks go that a request took; returns how many nobody else uses."""
+    freed = 0
+    for place in own[::-1]:
+        users[place] -= 1
+        if users[place] == 0:
+            push_head(links, len(users), place)
+            freed += 1
+    return freed
+
+
+@jit
+def _pin(links: Ids, mine: Ids, place_of: Ids, users: Ids, kept: Flags, guard: Guard | None) -> int:
+    """Count one more user of each pinned block of a request, for good; free places taken."""
+    taken = 0
+    for block in mine:
+        place = place_of[block]
+        if place >= 0 and not kept[block] and is_pinned(guard, block):
+            kept[block] = True
+            if users[place] == 0:
+                unlink(links, place)
+                taken += 1
+            users[place] += 1
+    return taken

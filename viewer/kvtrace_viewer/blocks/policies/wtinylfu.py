@@ -8,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from kvtrace_viewer.blocks.chain import new_links, pop_tail, push_head, unlink
-from kvtrace_viewer.blocks.policy import BlockPolicy, Hits, parameter
+from kvtrace_viewer.blocks.guard import Guard, hold, last_free, may_go, refuse
+from kvtrace_viewer.blocks.policy import REFUSED, BlockPolicy, Hits, parameter
 from kvtrace_viewer.blocks.sketch import (
     Counters,
     new_sketch,
@@ -46,7 +47,14 @@ class WTinyLFU(BlockPolicy):
     protected: float = parameter(0.8, "share of the main cache that is protected", "share", 0)
     sample: int = parameter(32, "counts per block of capacity until counters are halved", "", 1)
 
-    def simulate(self, blocks: Ids, num_blocks: int, capacity: int, hits: Hits) -> int:
+    def simulate(
+        self,
+        blocks: Ids,
+        num_blocks: int,
+        capacity: int,
+        hits: Hits,
+        guard: Guard | None = None,
+    ) -> int:
         """Run; see `BlockPolicy.simulate`."""
         window = min(int(capacity * self.window), capacity)
         if window == 0:
@@ -65,6 +73,7 @@ class WTinyLFU(BlockPolicy):
             new_sketch(capacity),
             self.sample * capacity,
             hits,
+            guard,
         )
 
 
@@ -78,6 +87,7 @@ def _wtinylfu(
     sketch: Counters,
     sample: int,
     hits: Hits,
+    guard: Guard | None,
 ) -> int:
     links = new_links(num_blocks, 4)
     where = np.zeros(num_blocks, np.uint8)
@@ -86,6 +96,7 @@ def _wtinylfu(
     evictions = 0
     for i in range(len(blocks)):
         block = blocks[i]
+        hold(guard, block, i)
         at = where[block]
         if at != _WINDOW:
             sketch_add(sketch, block)
@@ -100,10 +111,16 @@ def _wtinylfu(
             joins = _WINDOW if at == _WINDOW else _PROTECTED
             _join(links, where, sizes, num_blocks, block, joins)
             if joins == _PROTECTED:
-                evictions += _lower(links, where, sizes, num_blocks, limits)
+                evictions += _lower(links, where, sizes, num_blocks, limits, guard, i)
             continue
-        while sizes.sum() >= capacity:
-            evictions += _leave_window(links, where, sizes, num_blocks, main, limits, sketch)
+        gone = 0
+        while gone >= 0 and sizes.sum() >= capacity:
+            gone = _leave_window(links, where, sizes, num_blocks, main, limits, sketch, guard, i)
+            evictions += max(gone, 0)
+        if gone < 0:
+            hits[i] = REFUSED
+            refuse(guard, i)
+            continue
         _join(links, where, sizes, num_blocks, block, _WINDOW)
     return evictions
 
@@ -124,16 +141,50 @@ def _pop(links: Ids, where: Hits, sizes: Counts, num_blocks: int, which: int) ->
 
 
 @jit
-def _lower(links: Ids, where: Hits, sizes: Counts, num_blocks: int, limits: Counts) -> int:
-    """Lower what the protected segment has too many of; returns what probation evicts."""
+def _lower(
+    links: Ids,
+    where: Hits,
+    sizes: Counts,
+    num_blocks: int,
+    limits: Counts,
+    guard: Guard | None,
+    i: int,
+) -> int:
+    """Lower what the protected segment has too many of; returns what probation evicts.
+
+    Both keep what they have too many of where no block in them may go.
+    """
     gone = 0
     while sizes[_PROTECTED] > limits[_PROTECTED]:
+        if guard is not None and links[num_blocks + _PROTECTED, 0] >= num_blocks:
+            break
         block = _pop(links, where, sizes, num_blocks, _PROTECTED)
         _join(links, where, sizes, num_blocks, block, _PROBATION)
         while sizes[_PROBATION] > limits[_PROBATION]:
-            _pop(links, where, sizes, num_blocks, _PROBATION)
+            if not _evict(links, where, sizes, num_blocks, _PROBATION, guard, i):
+                break
             gone += 1
     return gone
+
+
+@jit
+def _evict(
+    links: Ids,
+    where: Hits,
+    sizes: Counts,
+    num_blocks: int,
+    which: int,
+    guard: Guard | None,
+    i: int,
+) -> bool:
+    """Evict the last block of a segment that may go; False where there is none."""
+    block = last_free(links, num_blocks + which, guard, i)
+    if block >= num_blocks:
+        return False
+    unlink(links, block)
+    where[block] = 0
+    sizes[which] -= 1
+    return True
 
 
 @jit
@@ -145,20 +196,34 @@ def _leave_window(
     main: int,
     limits: Counts,
     sketch: Counters,
+    guard: Guard | None,
+    i: int,
 ) -> int:
-    """Let the window's oldest into the main cache, for another block or for none, or evict it."""
-    if sizes[_WINDOW] == 0:
-        _pop(links, where, sizes, num_blocks, _PROBATION if sizes[_PROBATION] else _PROTECTED)
-        return 1
-    candidate = _pop(links, where, sizes, num_blocks, _WINDOW)
+    """Let the window's oldest into the main cache, for another block or for none, or evict it.
+
+    Returns the blocks evicted, -1 where room must be made and no block may go. A candidate that
+    must stay comes in for any block of the main cache that may go; where none may, the window's
+    next one that may is evicted.
+    """
+    lowest = _PROBATION if sizes[_PROBATION] else _PROTECTED
+    victim = last_free(links, num_blocks + lowest, guard, i)
+    if victim >= num_blocks and lowest == _PROBATION:
+        lowest = _PROTECTED
+        victim = last_free(links, num_blocks + lowest, guard, i)
+    candidate = links[num_blocks + _WINDOW, 0]
+    if candidate >= num_blocks:
+        return 1 if _evict(links, where, sizes, num_blocks, lowest, guard, i) else -1
     evicted = 0
     if sizes[_PROBATION] + sizes[_PROTECTED] >= main:
-        lowest = _PROBATION if sizes[_PROBATION] else _PROTECTED
-        victim = links[num_blocks + lowest, 0]
+        if victim >= num_blocks:
+            return 1 if _evict(links, where, sizes, num_blocks, _WINDOW, guard, i) else -1
         evicted = 1
-        if main == 0 or sketch_count(sketch, candidate) <= sketch_count(sketch, victim):
+        loses = sketch_count(sketch, candidate) <= sketch_count(sketch, victim)
+        if loses and may_go(guard, candidate, i):
+            _pop(links, where, sizes, num_blocks, _WINDOW)
             return evicted
-        _pop(links, where, sizes, num_blocks, lowest)
+        _evict(links, where, sizes, num_blocks, lowest, guard, i)
+    _pop(links, where, sizes, num_blocks, _WINDOW)
     has_room = sizes[_PROBATION] < limits[_PROBATION] or sizes[_PROTECTED] >= limits[_PROTECTED]
     _join(links, where, sizes, num_blocks, candidate, _PROBATION if has_room else _PROTECTED)
     return evicted

@@ -32,6 +32,7 @@ def recorded_stream(trace: Trace, block_size: int | None = None) -> BlockStream 
     requests = sorted(trace.requests(), key=lambda one: (one.started_ns or 0, one.request))
     if not requests:
         return None
+    ends = _ends_ns(trace)
     size = block_size or _recorded_block_size(trace)
     numbers: dict[tuple[int, bytes], int] = {}
     sequences = []
@@ -50,9 +51,19 @@ def recorded_stream(trace: Trace, block_size: int | None = None) -> BlockStream 
                 prompt,
                 len(tokens) - prompt,
                 request.request,
+                ends.get(request.request, request.started_ns or 0),
             )
         )
     return stream_of(sequences, size, "tokens of recorded requests")
+
+
+def _ends_ns(trace: Trace) -> dict[int, int]:
+    """When the last step ended that processed a token of each request."""
+    rows, steps = trace.table("rows"), trace.table("steps")
+    steps = steps.append_column("end_ns", pc.add(steps["started_ns"], steps["duration_ns"]))
+    found = rows.join(steps.select(["step", "end_ns"]), "step").group_by("request")
+    last = found.aggregate([("end_ns", "max")]).drop_null()
+    return dict(zip(last["request"].to_pylist(), last["end_ns_max"].to_pylist(), strict=True))
 
 
 def _chain(

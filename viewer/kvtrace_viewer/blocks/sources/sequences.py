@@ -26,6 +26,8 @@ class Sequence:
         Tokens that were generated and processed.
     request : int or None
         The trace's number of it, where it has one.
+    end_ns : int or None
+        When it had ended, where that is known.
     """
 
     contents: NDArray[np.int64]
@@ -35,6 +37,7 @@ class Sequence:
     prompt_tokens: int
     output_tokens: int = 0
     request: int | None = None
+    end_ns: int | None = None
 
 
 def stream_of(
@@ -55,6 +58,7 @@ def stream_of(
         request_ids=np.array(
             [one.request for one in sequences if one.request is not None], np.int64
         ),
+        end_ns=np.array([one.end_ns for one in sequences if one.end_ns is not None], np.int64),
         output_tokens=np.array([one.output_tokens for one in sequences], np.int64),
         source=source,
         notes=notes,
