@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import duckdb
 
-from kvtrace import derived, tables
+from kvtrace import derived, derived_parts, tables
 from kvtrace.layout import DATABASE, JOURNAL, REPLAYS, WHATIFS, rank_number
 from kvtrace.store import StoreReader
 from kvtrace.version import __version__
@@ -25,6 +25,54 @@ from kvtrace.version import __version__
 QUIET = "set enable_progress_bar = false"
 #: What a build keeps in memory; DuckDB would take most of the machine's for a long trace.
 BUILD_MEMORY = "64MB"
+
+
+class State:
+    """What was committed at some moment: what the stores of the ranks knew then.
+
+    Parameters
+    ----------
+    trace : pathlib.Path
+        The trace directory.
+    stores : mapping of int to StoreReader, optional
+        The stores of the recording processes; default: read now. What they learn later is left
+        out, but for replays, which come whole.
+
+    Attributes
+    ----------
+    commits : dict of int to int
+        How many by rank: what tells one state of a trace from another. A commit without rows may
+        shorten a request.
+    """
+
+    def __init__(self, trace: Path, stores: Mapping[int, StoreReader] | None = None) -> None:
+        self._trace = trace
+        self._stores = stores_by_rank(trace) if stores is None else stores
+        self._counts = {
+            rank: {name: len(files) for name, files in store.state.segments.items()}
+            for rank, store in self._stores.items()
+        }
+        self.commits = {rank: store.state.commits for rank, store in self._stores.items()}
+
+    def segments(self) -> dict[str, list[Path]]:
+        """Files of every table, in the order of schema.sql.
+
+        Raises
+        ------
+        TraceError
+            Where one is not what was written.
+        """
+        results = replay_parts(self._trace)
+        return {
+            name: [path for store in results for path in store.segments(name)]
+            if name in tables.REPLAY_TABLES
+            else [
+                path
+                for rank, store in self._stores.items()
+                for path in store.segments(name)[: self._counts[rank].get(name, 0)]
+            ]
+            for name in tables.arrow_schemas()
+        }
 
 
 def stores_by_rank(trace: Path) -> dict[int, StoreReader]:
@@ -90,12 +138,13 @@ def _build(trace: Path, limits: dict[str, Any]) -> None:
         connection.execute(f"attach '{path}' as built (block_size 16384, storage_version 'v1.0.0')")
         connection.execute("use built")
         connection.execute(tables.ddl())
-        for name, files in _segments(trace).items():
+        for name, files in State(trace).segments().items():
             if files:
                 connection.execute(f"insert into {name} by name {_scan(files)}")
         connection.execute(tables.derived_ddl())
-        for name, file in derived.files(trace, rows_by_rank(trace)).items():
-            connection.execute(f"insert into {name} by name {_scan([file])}")
+        with derived_parts.held(trace):
+            for name, select in (derived.scans(trace, State(trace).commits) or {}).items():
+                connection.execute(f"insert into {name} by name {select}")
         made = [__version__, tables.digest()]
         connection.execute("insert into trace_database values (?, ?)", made)
         connection.execute(tables.views())
@@ -103,11 +152,6 @@ def _build(trace: Path, limits: dict[str, Any]) -> None:
     # Dated by what it was made from, not by when: what came during the build makes it stale.
     os.utime(temporary, ns=(made_from, made_from))
     temporary.replace(final)
-
-
-def rows_by_rank(trace: Path) -> dict[int, int]:
-    """Committed rows of every recording process: what tells one state of a trace from another."""
-    return {rank: store.rows for rank, store in stores_by_rank(trace).items()}
 
 
 def is_fresh(trace: Path) -> bool:
@@ -124,7 +168,7 @@ def is_fresh(trace: Path) -> bool:
 def _changed_ns(trace: Path) -> int:
     """When the recording, its replays, what is known of one, or what is derived last changed."""
     results = [path.parent for path in (*_replay_journals(trace), *_whatif_journals(trace))]
-    folders = [trace / REPLAYS, trace / WHATIFS, trace / derived.DIRECTORY]
+    folders = [trace / REPLAYS, trace / WHATIFS, trace / derived_parts.DIRECTORY]
     sources = [*folders, *results, *_journals(trace)]
     return max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)
 
@@ -151,30 +195,22 @@ def is_ours(connection: duckdb.DuckDBPyConnection) -> bool:
     return found == [(tables.digest(),)]
 
 
-def create_views(connection: duckdb.DuckDBPyConnection, trace: Path) -> None:
-    """Show the committed segments of an open trace under the names of schema.sql."""
-    for name, files in _segments(trace).items():
+def create_views(connection: duckdb.DuckDBPyConnection, trace: Path, state: State) -> None:
+    """Show one state of a trace under the names of schema.sql.
+
+    Derived tables are empty where they are not there; the files of those that are stay as long
+    as `derived_parts.held`.
+    """
+    for name, files in state.segments().items():
         if files:
             connection.execute(f"create view {name} as {_scan(files)}")
         else:
             connection.execute(_create_empty(name))
     connection.execute(tables.derived_ddl())
-    for name, file in derived.files(trace, rows_by_rank(trace)).items():
+    for name, select in (derived.scans(trace, state.commits) or {}).items():
         connection.execute(f"drop table {name}")
-        connection.execute(f"create view {name} as {_scan([file])}")
+        connection.execute(f"create view {name} as {select}")
     connection.execute(tables.views())
-
-
-def _segments(trace: Path) -> dict[str, list[Path]]:
-    ranks, replays = stores_by_rank(trace).values(), replay_parts(trace)
-    return {
-        name: [
-            path
-            for store in (replays if name in tables.REPLAY_TABLES else ranks)
-            for path in store.segments(name)
-        ]
-        for name in tables.arrow_schemas()
-    }
 
 
 def _scan(files: Iterable[Path]) -> str:

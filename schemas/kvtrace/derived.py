@@ -3,146 +3,193 @@
 Computing them takes about what one pass over all attention maps takes, too long for the end of a
 recording. So the first query that names one of them, or a view over them, makes them all; they are
 kept as Parquet, deletable at any time, and copied into `trace.duckdb`.
+
+Of a trace that has grown since, requests that did not are left as they are, and of those that only
+gained tokens the new queries alone are computed: the same numbers to the last bit.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import shutil
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from kvtrace import tables
-from kvtrace.checksums import FileSum, file_sum, verify_file
+from kvtrace import derived_parts
 from kvtrace.console import progress
+from kvtrace.derived_heads import fitting, save_sums, write_heads
+from kvtrace.derived_parts import DIRECTORY, Columns, Commits, Made, Part, PartWriter, read_made
 from kvtrace.errors import TraceError
-from kvtrace.head_map import HeadMap
-from kvtrace.head_sums import HeadSums, head_sums
-from kvtrace.layout import CACHE
-from kvtrace.marks import sink_distance
-from kvtrace.store import publish
+from kvtrace.ranks import NUMBERS_PER_RANK
 
 if TYPE_CHECKING:
-    from kvtrace.model import Layer, LayerData
     from kvtrace.trace import Trace
 
-DIRECTORY = f"{CACHE}/derived"
-_STATE = "made_from.json"
-#: Field of it that says what the files must be.
-_SUMS = "files"
-#: Rows of a table that are written together.
-_GROUP_ROWS = 100_000
-#: Two queries of one process that both need the tables: the second waits.
-_MAKING = threading.Lock()
-
-State = Mapping[int, int]
-Columns = dict[str, Any]
+#: A request whose last token is among so many of its rank's last is taken to go on.
+RECENT_ROWS = 4096
 
 
-def files(trace: Path, rows: State) -> dict[str, Path]:
-    """Parquet files of the derived tables; none where they are missing or of another state.
+def scans(trace: Path, commits: Commits) -> dict[str, str] | None:
+    """SELECT of each derived table; None where they are missing or of another state.
 
     Parameters
     ----------
     trace : pathlib.Path
-        The trace directory.
-    rows : mapping of int to int
-        Committed rows by rank: what tells one state of a trace from another.
+        The trace directory; see `held` for how long the files stay.
+    commits : mapping of int to int
+        By rank; see `database.State`.
     """
-    folder = trace / DIRECTORY
-    try:
-        made_from = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    found = {name: folder / f"{name}.parquet" for name in tables.DERIVED_TABLES}
-    try:
-        sums = {name: FileSum(*expected) for name, expected in made_from.pop(_SUMS).items()}
-        for name, path in found.items():
-            verify_file(path, sums[name])
-    except (KeyError, TypeError, AttributeError, TraceError):
-        # Damaged: made again.
-        return {}
-    return found if made_from == _state(rows) else {}
+    made = read_made(trace / DIRECTORY)
+    return made.scans(trace / DIRECTORY) if made.commits == commits else None
 
 
-def make(trace: Trace, rows: State) -> None:
-    """Compute the tables of a trace, unless they are there.
-
-    Parameters
-    ----------
-    trace : Trace
-        Opened at the state `rows`.
-    rows : mapping of int to int
-        Committed rows by rank.
+@contextmanager
+def making(trace: Path) -> Iterator[None]:
+    """Be the only one that makes the tables of a trace.
 
     Raises
     ------
     TraceError
         Where they cannot be written.
     """
-    with _MAKING:
-        if files(trace.path, rows):
-            return
-        final = trace.path / DIRECTORY
-        aside = final.with_name(f".derived.{os.getpid()}")
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            _write(trace, aside)
-            sums = {name: file_sum(aside / f"{name}.parquet") for name in tables.DERIVED_TABLES}
-            state = {**_state(rows), _SUMS: sums}
-            (aside / _STATE).write_text(json.dumps(state), encoding="utf-8")
-            publish(aside, final)
-        except OSError as error:
-            raise TraceError(
-                f"{final} cannot be written ({error.strerror or error}); the tables that a query"
-                " of sinks, heads or keys needs are kept there; make it writable, or copy the"
-                " trace to where it is"
-            ) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with derived_parts.making(trace):
+            yield
+    except OSError as error:
+        raise TraceError(
+            f"{trace / DIRECTORY} cannot be written ({error.strerror or error}); the tables that a"
+            " query of sinks, heads or keys needs are kept there; make it writable, or copy the"
+            " trace to where it is"
+        ) from error
 
 
-def _state(rows: State) -> dict[str, Any]:
-    # The definitions too: another version may compute something else.
-    return {
-        "rows": {str(rank): rows[rank] for rank in sorted(rows)},
-        "definitions": tables.digest(tables.derived_ddl()),
-    }
+def make(trace: Trace, commits: Commits) -> None:
+    """Compute the tables of a trace, or what they lack; to be called while `making`.
+
+    Parameters
+    ----------
+    trace : Trace
+        Just opened, at the state `commits`.
+    commits : mapping of int to int
+        By rank.
+    """
+    folder = trace.path / DIRECTORY
+    made = read_made(folder)
+    if made.commits == commits:
+        return
+    states = {one.request: _state(trace, one.request) for one in trace.requests()}
+    work = _changed(trace, made, states)
+    for part in made.parts:
+        part.give_up(set(part.made_of) - set(states))
+    # Names are never used again while somebody may read: the number goes up.
+    number = 1 + max((int(part.name) for part in made.parts), default=0)
+    if work:
+        writer = PartWriter(folder, str(number))
+        _write(trace, writer, work)
+        for part in made.parts:
+            part.give_up([one.request for one in work])
+        writer.part.made_of |= {one.request: vars(one.state) for one in work}
+        made.parts = _absorbed(folder, made.parts, writer)
+    made.commits = dict(commits)
+    derived_parts.publish_made(folder, made)
 
 
-def _write(trace: Trace, folder: Path) -> None:
-    writers = {name: _TableWriter(folder, name) for name in tables.DERIVED_TABLES}
-    requests = trace.requests()
-    pairs = [(one.request, spec) for one in requests for spec in trace.layers_of(one.request)]
-    for one in requests:
-        writers["request_tokens"].add(_token_columns(trace, one.request))
-    workers = len(os.sched_getaffinity(0))
+@dataclass(frozen=True)
+class _State:
+    """What the rows of a request in the tables are made of.
+
+    Attributes
+    ----------
+    tokens : int
+        How many.
+    rows, keys : str
+        Digests of the rows of the request, and of the encoder's that its cross attention reads.
+    layers : str
+        Digest of the layers that it ran through.
+    """
+
+    tokens: int
+    rows: str
+    keys: str
+    layers: str
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A request to compute; the folder that has what its first tokens add up to; None: none."""
+
+    request: int
+    state: _State
+    beginning: Path | None
+
+
+def _state(trace: Trace, request: int) -> _State:
+    rows, layers = trace.request_rows(request), trace.layers_of(request)
+    sources = sorted({trace.key_request(spec.layer, request) for spec in layers} - {request})
+    keys = [trace.request_rows(source) for source in sources]
+    return _State(len(rows), _digest(rows), _digest(*keys), _hash(repr(layers).encode()))
+
+
+def _digest(*rows: NDArray[np.int64]) -> str:
+    return _hash(*(np.ascontiguousarray(one, np.int64).tobytes() for one in rows))
+
+
+def _hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _changed(trace: Trace, made: Made, states: dict[int, _State]) -> list[_Work]:
+    """Requests that the tables lack, or have as they were before."""
+    known = made.made_of()
+    found = []
+    for request, state in states.items():
+        part, before = known.get(request, (None, {}))
+        if before == vars(state):
+            continue
+        begun = replace(state, **before) if before else None
+        grown = begun is not None and begun == replace(
+            state, tokens=begun.tokens, rows=_digest(trace.request_rows(request)[: begun.tokens])
+        )
+        beginning = trace.path / DIRECTORY / part.name if part and grown else None
+        found.append(_Work(request, state, beginning))
+    return found
+
+
+def _write(trace: Trace, writer: PartWriter, work: Sequence[_Work]) -> None:
+    for one in work:
+        writer.add("request_tokens", _token_columns(trace, one.request))
+    pairs = [(one, spec) for one in work for spec in trace.layers_of(one.request)]
     # A thread a head: BLAS's own threads on top of them took fifty times as long.
     with (
         progress("attention of keys and heads") as show,
         threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
-        for number, (request, spec) in enumerate(pairs):
-            data = trace.layer_data(spec.layer, request)
-            heads = partial(_head_columns, request, spec, data)
-            for made in pool.map(heads, range(spec.num_q_heads)):
-                for name, columns in made.items():
-                    writers[name].add(columns)
+        for number, (one, spec) in enumerate(pairs):
+            name = f"sums-{one.request}-{spec.layer}.npz"
+            keys = len(trace.request_rows(trace.key_request(spec.layer, one.request)))
+            file = one.beginning / name if one.beginning else None
+            before = fitting(file, spec, one.state.tokens, keys) if file else None
+            data = trace.attention_data(spec.layer, one.request, before.rows if before else 0)
+            sums = write_heads(writer, one.request, data, before, pool)
+            if sums and _goes_on(trace, one.request):
+                save_sums(writer.directory / name, sums)
             show((number + 1) / len(pairs))
-    for writer in writers.values():
-        writer.close()
+
+
+def _goes_on(trace: Trace, request: int) -> bool:
+    """Whether a request may still grow."""
+    rank = request // NUMBERS_PER_RANK
+    last = int(trace.request_rows(request).max()) - rank * NUMBERS_PER_RANK
+    return not trace.closed and last >= trace.store(rank).rows - RECENT_ROWS
 
 
 def _token_columns(trace: Trace, request: int) -> Columns:
@@ -152,90 +199,9 @@ def _token_columns(trace: Trace, request: int) -> Columns:
     return {"request": np.full(len(rows), request), "row": rows, **columns}
 
 
-def _head_columns(request: int, spec: Layer, data: LayerData, at: int) -> dict[str, Columns]:
-    """Rows of the tables of heads and keys for one query head, by its place in the arrays."""
-    if data.q is None or data.k is None or data.lse is None:
-        return {}
-    q_head = spec.q_head_numbers[at]
-    head = HeadMap(data, q_head)
-    distance = sink_distance(head)
-    sums = head_sums(head, distance)
-    if not sums.rows.queries:
-        return {}
-    names: Columns = {
-        "request": request,
-        "layer": spec.layer,
-        "q_head": q_head,
-        "kv_head": spec.kv_head_numbers[at // spec.group_size],
-    }
-    found = {"head_attention": _one_row({**names, **_head_values(spec, sums, distance)})}
-    if not spec.is_cross:
-        found["key_attention"] = _key_columns(names, sums)
-    return found
-
-
-def _one_row(values: Columns) -> Columns:
-    return {name: [value] for name, value in values.items()}
-
-
-def _head_values(spec: Layer, sums: HeadSums, distance: int) -> Columns:
-    rows, keys = sums.rows, sums.keys
-    # Positions of a cross layer's queries and keys are of two sequences: nothing is near.
-    own = not spec.is_cross and len(keys.far) > 0
-    far = own and keys.far_queries[0] > 0
-    return {
-        "queries": rows.queries,
-        "entropy": rows.entropy,
-        "entropy_share": rows.entropy_share,
-        "sparsity": rows.sparsity,
-        "local_distance": distance if own else None,
-        "local_share": rows.local_share if own else None,
-        "first_token_share": float(keys.far[0] / keys.far_queries[0]) if far else None,
-    }
-
-
-def _key_columns(names: Columns, sums: HeadSums) -> Columns:
-    keys = sums.keys
-    count = len(keys.received)
-    return {
-        **{name: np.full(count, value) for name, value in names.items()},
-        "position": np.arange(count),
-        "queries": keys.queries,
-        "received": keys.received,
-        "uniform": keys.uniform,
-        "far_queries": keys.far_queries,
-        "far_received": keys.far,
-        "seen_at_end": keys.seen_at_end,
-    }
-
-
-class _TableWriter:
-    """Writes one table, many heads to a row group."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._schema = tables.derived_schemas()[name]
-        self._writer = pq.ParquetWriter(
-            folder / f"{name}.parquet", self._schema, compression="zstd"
-        )
-        self._pending: list[pa.Table] = []
-        self._rows = 0
-
-    def add(self, columns: Columns) -> None:
-        self._pending.append(
-            pa.table(
-                {f.name: pa.array(columns[f.name]).cast(f.type) for f in self._schema},
-                schema=self._schema,
-            )
-        )
-        self._rows += self._pending[-1].num_rows
-        if self._rows >= _GROUP_ROWS:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._writer.write_table(pa.concat_tables(self._pending))
-        self._pending, self._rows = [], 0
+def _absorbed(folder: Path, parts: Sequence[Part], writer: PartWriter) -> list[Part]:
+    """The parts, without the last ones: those that the new one takes in, being as large."""
+    kept = [part for part in parts if part.made_of]
+    while kept and kept[-1].live <= 2 * writer.rows:
+        writer.absorb(folder, kept.pop())
+    return [*kept, writer.close()]

@@ -229,10 +229,10 @@ class ArrayFunctions:
         """A layer of a request: what its attention needs, or its values."""
 
         def read() -> _HeldLayer:
+            if not values:
+                return _HeldLayer(self._trace.attention_data(group.layer, group.request))
             data = self._trace.layer_data(group.layer, group.request)
-            if values:
-                return _HeldLayer(LayerData(data.spec, None, None, data.v, None))
-            return _HeldLayer(LayerData(data.spec, data.q, data.k, None, data.lse))
+            return _HeldLayer(LayerData(data.spec, None, None, data.v, None))
 
         return self._layers.get((group.request, group.layer, values), read)
 

@@ -1,4 +1,8 @@
-"""Sums over one head's attention map, in one pass: what keys receive, and what rows look like."""
+"""Sums over one head's attention map, in one pass: what keys receive, and what rows look like.
+
+The rows are added a block at a time, so what a request's first blocks add up to can be kept, and a
+request that has grown needs only the rest: with the same result to the last bit.
+"""
 
 from __future__ import annotations
 
@@ -69,14 +73,40 @@ class RowMeans:
 
 
 @dataclass(frozen=True)
+class Subtotal:
+    """What the first blocks of a head's rows add up to.
+
+    Attributes
+    ----------
+    rows : int
+        Kept rows in them.
+    received, far : numpy.ndarray
+        [key], as in `KeySums`; keys behind the end have received nothing yet.
+    of_rows : numpy.ndarray
+        [4]: sums over the rows of entropy, entropy share, sparsity and local share.
+    """
+
+    rows: int
+    received: Sums
+    far: Sums
+    of_rows: Sums
+
+
+@dataclass(frozen=True)
 class HeadSums:
-    """Both."""
+    """Both, and what a longer request of the same beginning may start from."""
 
     keys: KeySums
     rows: RowMeans
+    whole_blocks: Subtotal
 
 
-def head_sums(head: HeadMap, distance: int) -> HeadSums:
+def block_rows(num_keys: int) -> int:
+    """Rows that are added at a time, for so many keys: fewer of a long request."""
+    return max(1, min(BLOCK_ROWS, MAX_BLOCK_WEIGHTS // max(1, num_keys)))
+
+
+def head_sums(head: HeadMap, distance: int, before: Subtotal | None = None) -> HeadSums:
     """Sum a head's map over its queries and over its keys.
 
     The map is computed a block of rows at a time and only sums are kept.
@@ -87,35 +117,66 @@ def head_sums(head: HeadMap, distance: int) -> HeadSums:
         One query head of one request.
     distance : int
         In tokens: a key is far from the queries more than this many positions later.
+    before : Subtotal, optional
+        What the request's first rows add up to, by the same distance and `block_rows`: those are
+        not computed again.
     """
     rows = head.kept_rows()
     first, last = head.seen_by(rows)
     visible = last - first
-    received, far = np.zeros(head.num_keys), np.zeros(head.num_keys)
-    entropy, local = np.zeros(len(rows)), np.zeros(len(rows))
-    strong = np.zeros(len(rows), np.int64)
-    step = max(1, min(BLOCK_ROWS, MAX_BLOCK_WEIGHTS // max(1, head.num_keys)))
-    for at in range(0, len(rows), step):
-        part = slice(at, at + step)
-        start, stop = int(first[part].min()), int(last[part].max())
-        exponents, hidden, edge = head.exponents(rows[part], start, stop)
+    step = block_rows(head.num_keys)
+    start = before.rows if before else 0
+    whole = start + (len(rows) - start) // step * step
+    sums = _grown(before, head.num_keys)
+    sums = _added(head, rows[:whole], distance, sums)
+    total = _added(head, rows, distance, sums)
+    means = _row_means(visible, total.of_rows)
+    keys = _key_sums(head, rows, distance, total.received, total.far)
+    return HeadSums(keys, means, sums)
+
+
+def _grown(before: Subtotal | None, num_keys: int) -> Subtotal:
+    received, far = np.zeros(num_keys), np.zeros(num_keys)
+    if before is None:
+        return Subtotal(0, received, far, np.zeros(4))
+    received[: len(before.received)] = before.received
+    far[: len(before.far)] = before.far
+    return Subtotal(before.rows, received, far, before.of_rows)
+
+
+def _added(head: HeadMap, rows: Ids, distance: int, before: Subtotal) -> Subtotal:
+    """The sums over `rows`, of which `before` has the first."""
+    received, far, of_rows = (x.copy() for x in (before.received, before.far, before.of_rows))
+    first, last = head.seen_by(rows)
+    step = block_rows(head.num_keys)
+    for at in range(before.rows, len(rows), step):
+        part = rows[at : at + step]
+        start, stop = int(first[at]), int(last[at : at + step].max())
+        exponents, hidden, edge = head.exponents(part, start, stop)
         exponents[:, edge:][hidden] = LEAST
         np.maximum(exponents, LEAST, out=exponents)
         weights = np.exp(exponents)
         weights[:, edge:][hidden] = 0
-        entropy[part] = -np.einsum("ij,ij->i", weights, exponents)
-        strong[part] = np.count_nonzero(
-            weights >= SPARSE_SHARE * weights.max(axis=1, keepdims=True), axis=1
-        )
         received[start:stop] += weights.sum(axis=0)
         # Keys this far before the block are far from all of its queries: no mask needed.
-        near = max(start, min(stop, int(rows[part][0]) - distance)) - start
+        near = max(start, min(stop, int(part[0]) - distance)) - start
         far[start : start + near] += weights[:, :near].sum(axis=0)
-        later = rows[part, None] - np.arange(start + near, stop)
+        later = part[:, None] - np.arange(start + near, stop)
         far[start + near : stop] += np.where(later > distance, weights[:, near:], 0).sum(axis=0)
-        local[part] = np.where(abs(later) <= distance, weights[:, near:], 0).sum(axis=1)
-    means = _row_means(visible, entropy, strong, local)
-    return HeadSums(_key_sums(head, rows, distance, received, far), means)
+        visible = (last - first)[at : at + step]
+        entropy = -np.einsum("ij,ij->i", weights, exponents).astype(np.float64)
+        strong = np.count_nonzero(
+            weights >= SPARSE_SHARE * weights.max(axis=1, keepdims=True), axis=1
+        )
+        local = np.where(abs(later) <= distance, weights[:, near:], 0).sum(axis=1)
+        several = visible > 1
+        of_rows += [
+            entropy.sum(),
+            (entropy[several] / np.log(visible[several])).sum(),
+            (1 - strong / np.maximum(1, visible)).sum(),
+            local.sum(dtype=np.float64),
+        ]
+    return Subtotal(len(rows), received, far, of_rows)
 
 
 def _key_sums(head: HeadMap, rows: Ids, distance: int, received: Sums, far: Sums) -> KeySums:
@@ -136,17 +197,8 @@ def _key_sums(head: HeadMap, rows: Ids, distance: int, received: Sums, far: Sums
     )
 
 
-def _row_means(visible: Ids, entropy: Sums, strong: Ids, local: Sums) -> RowMeans:
-    several = visible > 1
-    shares = entropy[several] / np.log(visible[several])
-    return RowMeans(
-        queries=len(visible),
-        entropy=_mean(entropy),
-        entropy_share=_mean(shares),
-        sparsity=_mean(1 - strong / np.maximum(1, visible)),
-        local_share=_mean(local),
-    )
-
-
-def _mean(values: Sums) -> float | None:
-    return float(values.mean()) if len(values) else None
+def _row_means(visible: Ids, sums: Sums) -> RowMeans:
+    several = int(np.count_nonzero(visible > 1))
+    counts = (len(visible), several, len(visible), len(visible))
+    means = [float(total / n) if n else None for total, n in zip(sums, counts, strict=True)]
+    return RowMeans(len(visible), *means)

@@ -42,12 +42,12 @@ def find_marks(head: HeadMap) -> list[Mark]:
     The distance is a quarter of a request shorter than four times 64 tokens. The map is read a
     block of rows at a time and only sums per key are kept.
     """
-    return marks_of(head_sums(head, sink_distance(head)).keys)
+    return marks_of(head_sums(head, sink_distance(head.num_tokens)).keys)
 
 
-def sink_distance(head: HeadMap) -> int:
-    """How many tokens later a query has to be to count for a sink."""
-    return min(SINK_DISTANCE, head.num_tokens // 4)
+def sink_distance(num_tokens: int) -> int:
+    """How many tokens later a query has to be to count for a sink, in a request of this length."""
+    return min(SINK_DISTANCE, num_tokens // 4)
 
 
 def marks_of(sums: KeySums) -> list[Mark]:

@@ -91,6 +91,23 @@ class RankArrays:
         found = {kind: self._read(kind, spec, where) for kind, where in at.items()}
         return LayerData(spec, **found)
 
+    def attention_data(self, layer: int, request: int = 0, skipped: int = 0) -> LayerData:
+        """As `Trace.attention_data`."""
+        rows, spec = self._index.request_rows(request), self._index.layer(layer, request)
+        keys = self._index.request_rows(self._index.key_request(layer, request))
+        k, lse = self._read("k", spec, keys), self._read("lse", spec, rows)
+        if not skipped or lse is None:
+            return LayerData(spec, self._read("q", spec, rows), k, None, lse)
+        kept = np.flatnonzero(np.isfinite(lse).all(axis=1))
+        first = int(kept[skipped]) if skipped < len(kept) else len(rows)
+        new = self._read("q", spec, rows[first:])
+        if new is None:
+            return LayerData(spec, None, k, None, lse)
+        # Zeros that nobody touches take no memory.
+        q = np.zeros((len(rows), *new.shape[1:]), np.float32)
+        q[first:] = new
+        return LayerData(spec, q, k, None, lse)
+
     def row_array(self, kind: str, layer: int, request: int = 0) -> Float:
         """One kind of row array (`q_prerope`, say) of one layer, by position, as float32."""
         found = self._read(

@@ -83,7 +83,7 @@ class RankIndex:
         """Tokens of a request of this rank by position: position, token_id, text, source."""
         rows = self.request_rows(request)
         names = ["position", "token_id", "text", "source"]
-        found = self.table("tokens")
+        found = self._tokens
         if not found["row"].null_count:
             return self._tokens_of_rows(found, rows).select(names)
         # Older traces do not say which row a token is.
@@ -142,6 +142,15 @@ class RankIndex:
         return rows_by_request(row, request, position, forks)
 
     @cached_property
+    def _tokens(self) -> pa.Table:
+        return self.table("tokens")
+
+    @cached_property
+    def _token_order(self) -> Ids:
+        """Rows of table `tokens` in the order of the rows that they are."""
+        return np.argsort(self._tokens["row"].to_numpy())
+
+    @cached_property
     def prompt_tokens(self) -> dict[int, int]:
         """Tokens of the prompt, by request."""
         found = self.table("requests")
@@ -189,8 +198,7 @@ class RankIndex:
         return dict(zip(found["request"].to_pylist(), found["model"].to_pylist(), strict=True))
 
     def _tokens_of_rows(self, tokens: pa.Table, rows: Ids) -> pa.Table:
-        row = tokens["row"].to_numpy()
-        order = np.argsort(row)
+        row, order = tokens["row"].to_numpy(), self._token_order
         place = np.minimum(np.searchsorted(row, rows, sorter=order), max(len(row) - 1, 0))
         at = order[place] if len(row) else place
         missing = row[at] != rows if len(row) else np.ones(len(rows), bool)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import duckdb
 import pyarrow as pa
 
-from kvtrace import database, derived, tables
+from kvtrace import database, derived, derived_parts, tables
 from kvtrace.errors import QueryError
 
 if TYPE_CHECKING:
@@ -57,12 +57,24 @@ def query(
     TraceError
         Where it names a table that is derived from the arrays, which cannot be kept.
     """
-    if derived_asked(sql):
-        derive(trace)
-    if not trace.closed:
-        # The tables show what is committed now; the functions are to know those rows.
-        trace = type(trace)(trace.path)
-    with _connect(trace, memory_limit=memory_limit) as connection:
+    trace, state = _as_of_now(trace)
+    while True:
+        with derived_parts.held(trace.path):
+            if not derived_asked(sql) or derived.scans(trace.path, state.commits) is not None:
+                return _run(trace, state, sql, max_rows, memory_limit, timeout_s)
+        # Once, unless another process makes those of a later state at the same moment.
+        trace, state = derive(trace)
+
+
+def _run(
+    trace: Trace,
+    state: database.State,
+    sql: str,
+    max_rows: int | None,
+    memory_limit: str,
+    timeout_s: float,
+) -> pa.Table:
+    with _connect(trace, state, memory_limit=memory_limit) as connection:
         _check_reading(connection, sql)
         timer = threading.Timer(timeout_s, connection.interrupt)
         timer.start()
@@ -100,12 +112,35 @@ def derived_asked(sql: str) -> bool:
     return not tables.derived_names().isdisjoint(re.findall(r"\w+", sql.lower()))
 
 
-def derive(trace: Trace) -> None:
-    """Compute the tables that stand on the arrays, unless they are there."""
-    rows = database.rows_by_rank(trace.path)
-    if not derived.files(trace.path, rows):
-        # Opened anew: this one's requests may be older than what the state says.
-        derived.make(type(trace)(trace.path), rows)
+def derive(trace: Trace) -> tuple[Trace, database.State]:
+    """Compute the tables that stand on the arrays, unless they are there.
+
+    Returns
+    -------
+    Trace, State
+        The state of the trace that they are of, and the trace opened at it.
+
+    Raises
+    ------
+    TraceError
+        Where they cannot be written.
+    """
+    trace, state = _as_of_now(trace)
+    if derived.scans(trace.path, state.commits) is None:
+        with derived.making(trace.path):
+            # Another process may have made them, and the trace have grown, while we waited.
+            trace, state = _as_of_now(trace)
+            derived.make(trace, state.commits)
+    return trace, state
+
+
+def _as_of_now(trace: Trace) -> tuple[Trace, database.State]:
+    """What is committed now, and a trace whose functions know those rows."""
+    state = database.State(trace.path)
+    if trace.closed and trace.state().commits == state.commits:
+        return trace, state
+    trace = type(trace)(trace.path)
+    return trace, trace.state()
 
 
 def _first_rows(batches: pa.RecordBatchReader, max_rows: int) -> pa.Table:
@@ -119,7 +154,9 @@ def _first_rows(batches: pa.RecordBatchReader, max_rows: int) -> pa.Table:
 
 
 @contextmanager
-def _connect(trace: Trace, *, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
+def _connect(
+    trace: Trace, state: database.State, *, memory_limit: str
+) -> Iterator[duckdb.DuckDBPyConnection]:
     settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": memory_limit,
         "autoinstall_known_extensions": "false",
@@ -132,7 +169,7 @@ def _connect(trace: Trace, *, memory_limit: str) -> Iterator[duckdb.DuckDBPyConn
     with connection:
         connection.execute(database.QUIET)
         if not (trace.closed and _attach(connection, trace.path)):
-            database.create_views(connection, trace.path)
+            database.create_views(connection, trace.path, state)
             # The views read Parquet in place: the trace's own folder is all they may touch.
             folder = str(trace.path.resolve()).replace("'", "''")
             connection.execute(f"set allowed_directories = ['{folder}/']")

@@ -226,6 +226,13 @@ class Trace:
         """q, k, v, lse and received of one layer of one request, as float32."""
         return self._arrays[self._rank_of(request)].layer_data(layer, request)
 
+    def attention_data(self, layer: int, request: int = 0, skipped: int = 0) -> LayerData:
+        """q, k and lse of one layer of one request, as float32; v and received are not read.
+
+        Of the first `skipped` rows whose query was kept, q is not read either and is zero.
+        """
+        return self._arrays[self._rank_of(request)].attention_data(layer, request, skipped)
+
     def row_array(self, kind: str, layer: int, request: int = 0) -> Float:
         """One kind of row array (`q_prerope`, say) of one layer, by position, as float32."""
         return self._arrays[self._rank_of(request)].row_array(kind, layer, request)
@@ -287,6 +294,10 @@ class Trace:
         """How the times of each rank are put on the clock of the first."""
         notes = [store.table("clock_sync") for store in self._stores.values()]
         return rank_clocks(pa.concat_tables(notes), self.ranks)
+
+    def state(self) -> database.State:
+        """What is committed in all ranks, as far as this trace knows."""
+        return database.State(self.path, self._stores)
 
     def places(self) -> RowPlaces:
         """Where rows stand in an array over all ranks, as many as they have now."""

@@ -166,17 +166,17 @@ def test_what_changes_while_the_database_is_built_makes_it_stale(
 ) -> None:
     # A replay published behind the build's back was invisible to SQL for good.
     trace = synthetic_trace()
-    listed = database._segments
+    listed = database.State.segments
 
-    def publish_after_listing(path: Path) -> dict[str, list[Path]]:
-        found = listed(path)
-        replays = path / "replays"
+    def publish_after_listing(state: database.State) -> dict[str, list[Path]]:
+        found = listed(state)
+        replays = trace.path / "replays"
         replays.mkdir(exist_ok=True)
         now = time.time_ns()
         os.utime(replays, ns=(now, now))
         return found
 
-    monkeypatch.setattr(database, "_segments", publish_after_listing)
+    monkeypatch.setattr(database.State, "segments", publish_after_listing)
     database.build(trace.path)
     assert not database.is_fresh(trace.path)
     monkeypatch.undo()

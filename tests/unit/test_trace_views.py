@@ -123,8 +123,9 @@ def test_a_trace_that_grows_is_derived_anew(tmp_path: Path) -> None:
     trace = kvtrace.open(writer.path)
     asked = "select max(queries), count(*) from head_attention"
     assert rows_of(trace, asked) == [(20, 4)]
-    assert derived.files(trace.path, {0: 20})
-    assert not derived.files(trace.path, {0: 21})
+    made_from = database.State(trace.path).commits
+    assert derived.scans(trace.path, made_from)
+    assert derived.scans(trace.path, {0: made_from[0] + 1}) is None
     writer.append("steps", {"step": [1], "model": [0], "phase": ["decode"]})
     row: dict[str, list[Any]] = {
         "row": [20],

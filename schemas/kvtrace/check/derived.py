@@ -6,7 +6,7 @@ from pathlib import Path
 
 import duckdb
 
-from kvtrace import database, tables
+from kvtrace import database, derived_parts, tables
 from kvtrace.layout import DATABASE
 
 
@@ -18,7 +18,7 @@ def check_database(trace: Path) -> str | None:
     """
     if not database.is_fresh(trace):
         return None
-    with duckdb.connect() as connection:
+    with derived_parts.held(trace), duckdb.connect() as connection:
         connection.execute(database.QUIET)
         path = str(trace / DATABASE).replace("'", "''")
         try:
@@ -28,7 +28,7 @@ def check_database(trace: Path) -> str | None:
                 return None
             connection.execute("create schema memory.segments")
             connection.execute("use memory.segments")
-            database.create_views(connection, trace)
+            database.create_views(connection, trace, database.State(trace))
             for table in (*tables.arrow_schemas(), *tables.DERIVED_TABLES):
                 if difference := _compare(connection, table):
                     return difference

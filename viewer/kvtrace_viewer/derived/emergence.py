@@ -65,7 +65,7 @@ def by_training_step(trace: Trace) -> pa.Table:
 
 
 def _shares(head: HeadMap) -> list[float]:
-    sums = head_sums(head, sink_distance(head)).keys
+    sums = head_sums(head, sink_distance(head.num_tokens)).keys
     total = max(float(sums.received.sum()), np.finfo(float).tiny)
     values = [float(sums.far[0] / max(1.0, sums.far_queries[0])) if head.num_keys else 0.0]
     marks = marks_of(sums)
