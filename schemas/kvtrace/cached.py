@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvtrace.model import Layer
+from kvtrace.ranks import NUMBERS_PER_RANK
 from kvtrace.trace import Trace
 
 
@@ -40,10 +41,13 @@ def model_kinds(trace: Trace) -> dict[int, int]:
     for spec in trace.layers:
         layers[spec.model].append(replace(spec, model=0, array_group=0, array_index=0))
     found: dict[str, int] = {}
-    return {
-        model: found.setdefault(repr((names[model], specs)), model)
-        for model, specs in layers.items()
-    }
+    kinds = {}
+    for model, specs in layers.items():
+        rank = model // NUMBERS_PER_RANK
+        # What ran other heads of a model is that model.
+        first = model - (rank - trace.shards.get(rank, rank)) * NUMBERS_PER_RANK
+        kinds[model] = found.setdefault(repr((names[model], layers.get(first, specs))), first)
+    return kinds
 
 
 def not_together(trace: Trace, requests: Sequence[int]) -> str | None:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kvtrace import tables
-from kvtrace.checksums import FileSum, file_sum, verify_file
+from kvtrace.checksums import FIELD, FileSum, document_sum, file_sum, verify_file
 from kvtrace.errors import TraceError
 from kvtrace.layout import CACHE
 
@@ -103,7 +103,7 @@ def read_made(folder: Path) -> Made:
     try:
         found = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         # The definitions too: another version may compute something else.
-        if found["definitions"] != _definitions():
+        if found["definitions"] != _definitions() or found[FIELD] != document_sum(found):
             return Made()
         made = Made(_by_number(found["commits"]), [_part(one) for one in found["parts"]])
         for part in made.parts:
@@ -123,7 +123,10 @@ def publish_made(folder: Path, made: Made) -> None:
         "parts": [vars(part) for part in made.parts],
     }
     temporary = folder / f".{_STATE}"
-    temporary.write_text(json.dumps(state), encoding="utf-8")
+    # As it will be read: numbers of requests are JSON's keys, and so text.
+    document = json.loads(json.dumps(state))
+    document[FIELD] = document_sum(document)
+    temporary.write_text(json.dumps(document), encoding="utf-8")
     temporary.replace(folder / _STATE)
     keep = {_STATE, *(part.name for part in made.parts)}
     with _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:

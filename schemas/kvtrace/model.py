@@ -34,11 +34,17 @@ class Layer:
     kv_heads: Sequence[int] | None = None
     alibi_slopes: Sequence[float] | None = None
     position_bias: Sequence[Sequence[float]] | None = None
+    model_kv_heads: int | None = None
 
     @property
     def is_cross(self) -> bool:
         """Whether queries are the request's and keys its encoder's."""
         return self.attention_kind == "cross"
+
+    @property
+    def is_part(self) -> bool:
+        """Whether only some of the model's heads are here."""
+        return self.kv_heads is not None or self.model_kv_heads is not None
 
     @property
     def group_size(self) -> int:

@@ -157,6 +157,10 @@ class RankArrays:
         found[~known] = np.nan
         return np.asarray(found, np.float32)
 
+    def kinds(self, spec: Layer) -> frozenset[str]:
+        """Kinds of row arrays that a layer has a place in."""
+        return self._group_kinds[spec.array_group]
+
     @cached_property
     def _group_kinds(self) -> dict[int, frozenset[str]]:
         """Kinds of row arrays of each group of layers."""

@@ -45,7 +45,8 @@ CREATE TABLE layers (
     model BIGINT, layer INTEGER, attention_kind VARCHAR, num_q_heads INTEGER, num_kv_heads INTEGER,
     head_dim INTEGER, value_dim INTEGER, scale DOUBLE, sliding_window INTEGER, softcap DOUBLE,
     has_sinks BOOLEAN, rope_theta DOUBLE, array_group INTEGER, array_index INTEGER,
-    name VARCHAR, kv_heads INTEGER[], alibi_slopes DOUBLE[], position_bias DOUBLE[][]
+    name VARCHAR, kv_heads INTEGER[], alibi_slopes DOUBLE[], position_bias DOUBLE[][],
+    model_kv_heads INTEGER
 );
 COMMENT ON TABLE layers IS 'One row per attention layer.';
 COMMENT ON COLUMN layers.model IS 'The model it belongs to.';
@@ -64,6 +65,7 @@ COMMENT ON COLUMN layers.array_group IS 'Layers of one shape share arrays: group
 COMMENT ON COLUMN layers.array_index IS 'Index of this layer on axis 1 of its group''s arrays.';
 COMMENT ON COLUMN layers.name IS 'The attention module''s name in the model; null where unknown.';
 COMMENT ON COLUMN layers.kv_heads IS 'The model''s numbers of the KV heads that were kept, with their query heads; null when all.';
+COMMENT ON COLUMN layers.model_kv_heads IS 'KV heads of the layer in the whole model, where this process ran only some of them, as under tensor parallelism: kv_heads says which, or is null where that is not known. Null where it ran all.';
 COMMENT ON COLUMN layers.alibi_slopes IS 'Per query head, added to the scaled score times (key position - query position); null without ALiBi.';
 COMMENT ON COLUMN layers.position_bias IS 'Per query head, added to the scaled score by (key position - query position), from -d to d in 2 d + 1 numbers; farther keys take the first or the last. Null without a learned bias.';
 

@@ -22,6 +22,7 @@ from kvtrace.places import RowPlaces
 from kvtrace.rank_arrays import Float, RankArrays
 from kvtrace.rank_index import Ids, RankIndex
 from kvtrace.ranks import NUMBERS_PER_RANK
+from kvtrace.shards import JoinedArrays, JoinedIndex, shard_groups
 from kvtrace.sizes import directory_bytes
 from kvtrace.store import StoreReader
 
@@ -30,7 +31,9 @@ class Trace:
     """A trace, finished, in progress, or cut off; reads what was committed.
 
     What several processes recorded is read as one: tables hold the rows of all, and numbers of
-    requests, rows, steps, models and blocks tell whose they are (see `kvtrace.ranks`).
+    requests, rows, steps, models and blocks tell whose they are (see `kvtrace.ranks`). Where ranks
+    hold different heads of the same tokens, as under tensor parallelism, requests, rows and arrays
+    are those of the first, with the heads of all (see `kvtrace.shards`).
 
     Parameters
     ----------
@@ -68,7 +71,15 @@ class Trace:
     def _open(self) -> None:
         chosen = self.ranks if self._rank is None else [self._rank]
         self._indexes = {rank: RankIndex(self.path, rank, self._stores[rank]) for rank in chosen}
-        self._arrays = {rank: RankArrays(index) for rank, index in self._indexes.items()}
+        groups = shard_groups(self._indexes)
+        #: Of ranks that hold different heads of the same tokens, only the first is in these.
+        self._units = {one[0].rank: JoinedIndex(one) if one[1:] else one[0] for one in groups}
+        self._arrays = {
+            rank: JoinedArrays(unit) if isinstance(unit, JoinedIndex) else RankArrays(unit)
+            for rank, unit in self._units.items()
+        }
+        #: Ranks whose heads are read as those of another rank's requests, and that rank.
+        self.shards = {one.rank: group[0].rank for group in groups for one in group[1:]}
         #: What SQL calls to reach the arrays, with what it read lately.
         self.functions = ArrayFunctions(self)
 
@@ -139,7 +150,7 @@ class Trace:
     @property
     def layers(self) -> list[Layer]:
         """Attention layers, in order; those of every model, and of every rank that ran it."""
-        return [layer for index in self._indexes.values() for layer in index.layers]
+        return [layer for unit in self._units.values() for layer in unit.layers]
 
     @property
     def signals(self) -> frozenset[str]:
@@ -172,7 +183,7 @@ class Trace:
 
     def requests(self) -> list[Request]:
         """Sequences, rank after rank in order of their start; only those with committed tokens."""
-        return [request for index in self._indexes.values() for request in index.requests()]
+        return [request for unit in self._units.values() for request in unit.requests()]
 
     def tokens(self, request: int = 0) -> pa.Table:
         """Tokens of a request by position: position, token_id, text, source.
@@ -184,7 +195,7 @@ class Trace:
         InputError
             For a request the trace does not have.
         """
-        return self._indexes[self._rank_of(request)].tokens(request)
+        return self._units[self._rank_of(request)].tokens(request)
 
     def request_rows(self, request: int = 0) -> Ids:
         """Row of each position of a request: int64 [token].
@@ -197,7 +208,7 @@ class Trace:
         InputError
             For a request the trace does not have.
         """
-        return self._indexes[self._rank_of(request)].request_rows(request)
+        return self._units[self._rank_of(request)].request_rows(request)
 
     def layers_of(self, request: int = 0) -> list[Layer]:
         """Layers that a request ran through, in order.
@@ -210,7 +221,7 @@ class Trace:
         InputError
             For a request the trace does not have.
         """
-        return self._indexes[self._rank_of(request)].layers_of(request)
+        return self._units[self._rank_of(request)].layers_of(request)
 
     def key_request(self, layer: int, request: int = 0) -> int:
         """The request whose tokens are a layer's keys: the encoder's in a cross layer.
@@ -220,7 +231,7 @@ class Trace:
         InputError
             For a layer or request the trace does not have.
         """
-        return self._indexes[self._rank_of(request)].key_request(layer, request)
+        return self._units[self._rank_of(request)].key_request(layer, request)
 
     def layer_data(self, layer: int, request: int = 0) -> LayerData:
         """q, k, v, lse and received of one layer of one request, as float32."""
@@ -301,7 +312,7 @@ class Trace:
 
     def places(self) -> RowPlaces:
         """Where rows stand in an array over all ranks, as many as they have now."""
-        return RowPlaces({rank: index.rows for rank, index in self._indexes.items()})
+        return RowPlaces({rank: unit.rows for rank, unit in self._units.items()})
 
     def replay_places(self, name: str) -> RowPlaces:
         """Where rows stand on axis 0 of a result's `evicted_at`."""
@@ -313,9 +324,16 @@ class Trace:
 
     def _rank_of(self, request: int) -> int:
         rank = request // NUMBERS_PER_RANK
-        index = self._indexes.get(rank)
-        if index is None or request not in index.by_request:
-            have = [number for index in self._indexes.values() for number in index.by_request]
+        if rank in self.shards:
+            raise InputError(
+                f"request {request} was asked for; rank {rank} of {self.path} holds other heads of"
+                f" rank {self.shards[rank]}'s requests, and they are read as one; ask for request"
+                f" {request - (rank - self.shards[rank]) * NUMBERS_PER_RANK}, or open the trace"
+                f" with rank={rank}"
+            )
+        unit = self._units.get(rank)
+        if unit is None or request not in unit.by_request:
+            have = [number for one in self._units.values() for number in one.by_request]
             raise InputError(
                 f"request {request} was not found in {self.path};"
                 f" the trace has {', '.join(map(str, have[:8])) or 'none'}"

@@ -79,6 +79,7 @@ class LayerSpec:
     kv_heads: tuple[int, ...] | None = None
     alibi_slopes: tuple[float, ...] | None = None
     position_bias: tuple[tuple[float, ...], ...] | None = None
+    model_kv_heads: int | None = None
 
 
 @dataclass

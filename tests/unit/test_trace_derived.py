@@ -193,6 +193,21 @@ def test_a_reader_keeps_the_tables_of_its_commit(tmp_path: Path) -> None:
     trace.writer.close()
 
 
+def test_a_state_that_was_altered_is_not_believed(tmp_path: Path) -> None:
+    trace = Growing(tmp_path / "live.kvtrace", SPECS[:1])
+    trace.grow(0, 10)
+    trace.writer.commit()
+    path = trace.writer.path
+    derived_tables(path)
+    made_from = path / derived_parts.DIRECTORY / "made_from.json"
+    # Else request 0 would be left out of what the part stands for.
+    text = made_from.read_text()
+    assert '"outdated": []' in text
+    made_from.write_text(text.replace('"outdated": []', '"outdated": [0]'))
+    assert derived_tables(path)["request_tokens"].num_rows == 10
+    trace.writer.close()
+
+
 def test_tables_of_one_query_are_of_one_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,4 +242,4 @@ def test_without_a_query_the_verb_says_what_there_is_to_ask(
     assert "table 'nothing' was not found" in capsys.readouterr().err
     assert main(["sql", path, "--derive"]) == 0
     assert capsys.readouterr().out == ""
-    assert (Path(path) / "cache/derived/head_attention.parquet").exists()
+    assert (Path(path) / "cache/derived/1/head_attention.parquet").exists()

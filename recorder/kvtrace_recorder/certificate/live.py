@@ -61,7 +61,7 @@ def obstacle(trace: Trace, request: Request, replay: Mapping[str, Any]) -> str |
     held, layers = trace.holdings(request.request), trace.layers_of(request.request)
     if not held.has_all_queries or any(set("qkv") - held.layers[s.layer] for s in layers):
         return "the trace does not hold q, k and v of every row"
-    if any(spec.kv_heads is not None for spec in layers):
+    if any(spec.is_part for spec in layers):
         return "the trace holds some KV heads only"
     if any(spec.has_sinks or spec.position_bias is not None for spec in layers):
         return "the model's learned sinks or biases are not in the operands of its attention"

@@ -94,6 +94,11 @@ def choose_heads(spec: LayerSpec, heads: tuple[int, ...] | None) -> LayerSpec:
     """
     if heads is None:
         return spec
+    if spec.model_kv_heads is not None:
+        raise UnrecordableError(
+            f"KV heads {number_text(heads)} were asked for; the heads of layer {spec.layer} are"
+            " split over processes, of which each keeps all or none: leave --heads out"
+        )
     kept = tuple(head for head in heads if head < spec.num_kv_heads)
     if not kept:
         raise UnrecordableError(
@@ -118,8 +123,10 @@ def q_heads(kv_heads: tuple[int, ...], group: int) -> list[int]:
 
 
 def of_heads(values: torch.Tensor, spec: LayerSpec, *, queries: bool) -> torch.Tensor:
-    """[batch, kept head, token, width] of a tensor with all heads of a layer; a view if all."""
-    if spec.kv_heads is None:
+    """[batch, kept head, token, width] of a tensor with the heads of a call; a view if all."""
+    # Of a layer whose heads are split over processes all that are here may be kept.
+    kept = spec.num_q_heads if queries else spec.num_kv_heads
+    if spec.kv_heads is None or values.shape[1] == kept:
         return values
     group = spec.num_q_heads // spec.num_kv_heads
     heads = q_heads(spec.kv_heads, group if queries else 1)

@@ -25,6 +25,7 @@ from kvtrace_recorder.taps.keep import (
 from kvtrace_recorder.taps.masks import check_mask
 from kvtrace_recorder.taps.packed_masks import check_packed_mask
 from kvtrace_recorder.taps.position_bias import bias_table, check_bias
+from kvtrace_recorder.taps.shards import place_heads
 
 #: Asking an abstract class costs more than the rest of the look-up: once a type.
 _FORMS: dict[type, str] = {}
@@ -104,7 +105,9 @@ def _spec(model: ModelState, layer: int, call: Call, keeper: Keeper) -> LayerSpe
     known = model.specs.get(layer)
     if known is None:
         whole = _describe_layer(model, layer, call)
-        known = model.specs[layer] = choose_heads(whole, keeper.selection.heads)
+        known = model.specs[layer] = choose_heads(
+            place_heads(whole, call.module), keeper.selection.heads
+        )
     return known
 
 

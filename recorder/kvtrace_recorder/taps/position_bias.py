@@ -76,7 +76,8 @@ def check_bias(step: ActiveStep, call: Call, spec: LayerSpec) -> None:
     found: NDArray[np.float32] = np.zeros((spec.num_q_heads, count), np.float32)
     if bias is not None:
         row = bias[0, :, -1, :count].detach().float().cpu().numpy()
-        found += row if spec.kv_heads is None else row[q_heads(spec.kv_heads, group)]
+        has_all = spec.kv_heads is None or len(row) == spec.num_q_heads
+        found += row if has_all else row[q_heads(spec.kv_heads or (), group)]
     expected = np.zeros_like(found)
     if spec.position_bias is not None:
         table = np.array(spec.position_bias, np.float32)

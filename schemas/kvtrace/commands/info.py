@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.table import Table
 import kvtrace
 from kvtrace.cached import model_kinds
 from kvtrace.console import console, human_bytes
-from kvtrace.model import number_text
+from kvtrace.model import Layer, number_text
 
 #: What is said of a replay that `kvtrace verify` has run the model under.
 _CERTIFIED = (
@@ -69,12 +70,17 @@ def describe(trace: kvtrace.Trace) -> dict[str, Any]:
             for row in models
             if kinds[row["model"]] == row["model"]
         ],
+        "heads": _shard(trace.layers),
         "layers": sum(kinds[layer.model] == layer.model for layer in trace.layers),
         "rows": trace.rows,
         "ranks": _ranks(trace),
         # Those of an imported workload have no tokens, and there may be millions.
         "requests": len(trace.requests()) if trace.rows else trace.table("requests").num_rows,
-        "steps": trace.table("steps").num_rows,
+        "steps": sum(
+            trace.store(rank).table("steps").num_rows
+            for rank in trace.ranks
+            if rank not in trace.shards
+        ),
         # A served trace has millions of these: counted, not read.
         **trace.sql(
             "select (select count(*) from kv_events) kv_events,"
@@ -105,11 +111,24 @@ def _ranks(trace: kvtrace.Trace) -> list[dict[str, Any]]:
             "rank": rank,
             "rows": part.rows,
             "status": part.status,
+            "heads": _shard(part.layers),
+            "joined_with": trace.shards.get(rank),
             "clock": clocks[rank].basis,
             "clock_uncertainty_ns": clocks[rank].uncertainty_ns,
         }
         for rank, part in parts.items()
     ]
+
+
+def _shard(layers: Sequence[Layer]) -> str | None:
+    """Which KV heads there are, where they are not all of the model's."""
+    spec = next((layer for layer in layers if layer.model_kv_heads is not None), None)
+    if spec is None:
+        return None
+    if spec.kv_heads is None:
+        which = f"{spec.num_kv_heads}"
+        return f"{which} of {spec.model_kv_heads} KV heads of the model, not known which"
+    return f"KV heads {number_text(spec.kv_head_numbers)} of the model's {spec.model_kv_heads}"
 
 
 def _replayable(trace: kvtrace.Trace) -> list[dict[str, Any]]:
@@ -142,7 +161,16 @@ def _show(found: dict[str, Any]) -> None:
     if len(found["ranks"]) > 1:
         for rank in found["ranks"]:
             rows = f"{rank['rows']} rows, {rank['status']}"
+            if rank["heads"]:
+                rows += f", {rank['heads']}"
+            if rank["joined_with"] is not None:
+                rows += f" for the requests of rank {rank['joined_with']}"
             out.print(f"rank      {rank['rank']}: {rows}; {_clock(rank)}")
+    if found["heads"]:
+        out.print(
+            f"heads     {found['heads']}: the others ran in processes that were not recorded or"
+            " cannot be joined; all that is said of heads is of these"
+        )
     if found["block_accesses"]:
         out.print(f"workload  {found['block_accesses']:,} block accesses: kvtrace blocks")
     if found["kv_events"]:

@@ -102,7 +102,7 @@ def obstacle(
     for signal in sorted(policy.signals & lacking.keys()):
         return lacking[signal]
     joint = policy.across_heads or policy.shares_heads
-    if joint and any(layer.kv_heads is not None for layer in layers):
+    if joint and any(layer.is_part for layer in layers):
         return "it decides from all heads of a layer, and only some were kept"
     return _query_obstacle(held, policy, when)
 
