@@ -548,7 +548,9 @@ CREATE TABLE allocation_runs (
     recomputed_tokens BIGINT, swapped_blocks BIGINT, cached_tokens BIGINT, evictions BIGINT,
     peak_blocks BIGINT, mean_blocks DOUBLE, mean_occupancy DOUBLE, peak_bytes BIGINT,
     mean_cached_blocks DOUBLE, peak_shared_blocks BIGINT, internal_fragmentation DOUBLE,
-    wait_steps_mean DOUBLE, wait_steps_max BIGINT, wait_s_mean DOUBLE, span_s DOUBLE
+    wait_steps_mean DOUBLE, wait_steps_max BIGINT, wait_s_mean DOUBLE, span_s DOUBLE,
+    wait_steps_p95 DOUBLE, preempted_steps_mean DOUBLE, preempted_steps_max BIGINT,
+    preempted_s_mean DOUBLE, tokens_per_s DOUBLE
 );
 COMMENT ON TABLE allocation_runs IS 'One row per pool of blocks followed by kvtrace allocation: the recorded one, and servers with other settings for the same requests.';
 COMMENT ON COLUMN allocation_runs.allocation_run IS 'Name of its folder under whatifs/.';
@@ -575,12 +577,17 @@ COMMENT ON COLUMN allocation_runs.internal_fragmentation IS 'Mean share of the t
 COMMENT ON COLUMN allocation_runs.wait_steps_mean IS 'Mean steps from a request''s arrival to its first step; null where arrivals are not known.';
 COMMENT ON COLUMN allocation_runs.wait_steps_max IS 'The most of the same.';
 COMMENT ON COLUMN allocation_runs.wait_s_mean IS 'Mean seconds of the same; of a what-if by the recorded steps'' mean time for their tokens.';
+COMMENT ON COLUMN allocation_runs.wait_steps_p95 IS '95th percentile of the same over requests.';
+COMMENT ON COLUMN allocation_runs.preempted_steps_mean IS 'Mean steps that a request missed after preemptions, from losing its blocks to being processed again; no part of wait_steps_mean.';
+COMMENT ON COLUMN allocation_runs.preempted_steps_max IS 'The most that one request missed so.';
+COMMENT ON COLUMN allocation_runs.preempted_s_mean IS 'Mean seconds of the same; of a what-if as wait_s_mean.';
+COMMENT ON COLUMN allocation_runs.tokens_per_s IS 'Tokens processed, prompts too, over span_s.';
 COMMENT ON COLUMN allocation_runs.span_s IS 'From the first step''s begin to the last one''s end, in seconds; of a what-if as wait_s_mean.';
 
 CREATE TABLE allocation_steps (
     allocation_run VARCHAR, step BIGINT, started_ns BIGINT, duration_ns BIGINT, held BIGINT,
     cached BIGINT, free BIGINT, shared BIGINT, unused_slots BIGINT, bytes_held BIGINT,
-    running BIGINT, waiting BIGINT, tokens BIGINT
+    running BIGINT, waiting BIGINT, tokens BIGINT, preempted BIGINT
 );
 COMMENT ON TABLE allocation_steps IS 'The pool while each step ran.';
 COMMENT ON COLUMN allocation_steps.allocation_run IS 'The run.';
@@ -594,12 +601,14 @@ COMMENT ON COLUMN allocation_steps.shared IS 'Blocks that several requests hold.
 COMMENT ON COLUMN allocation_steps.unused_slots IS 'Token slots of held blocks without a token.';
 COMMENT ON COLUMN allocation_steps.bytes_held IS 'Bytes of the held blocks; 0 where the size of a block is not known.';
 COMMENT ON COLUMN allocation_steps.running IS 'Requests in the batch.';
+COMMENT ON COLUMN allocation_steps.preempted IS 'Requests that had lost all blocks to a preemption and had not come back.';
 COMMENT ON COLUMN allocation_steps.waiting IS 'Requests that had come and had no step yet.';
 COMMENT ON COLUMN allocation_steps.tokens IS 'Tokens processed.';
 
 CREATE TABLE allocation_requests (
     allocation_run VARCHAR, request BIGINT, arrival_step BIGINT, first_step BIGINT,
-    last_step BIGINT, wait_steps BIGINT, wait_ns BIGINT, preemptions BIGINT, refused VARCHAR
+    last_step BIGINT, wait_steps BIGINT, wait_ns BIGINT, preemptions BIGINT, refused VARCHAR,
+    preempted_steps BIGINT, preempted_ns BIGINT
 );
 COMMENT ON TABLE allocation_requests IS 'How each request fared.';
 COMMENT ON COLUMN allocation_requests.allocation_run IS 'The run.';
@@ -609,6 +618,8 @@ COMMENT ON COLUMN allocation_requests.first_step IS 'The first that did; null wh
 COMMENT ON COLUMN allocation_requests.last_step IS 'The last that did.';
 COMMENT ON COLUMN allocation_requests.wait_steps IS 'Steps between arrival and first step.';
 COMMENT ON COLUMN allocation_requests.wait_ns IS 'Nanoseconds between the two.';
+COMMENT ON COLUMN allocation_requests.preempted_steps IS 'Steps that it missed after preemptions, from losing its blocks to being processed again; no part of wait_steps.';
+COMMENT ON COLUMN allocation_requests.preempted_ns IS 'Nanoseconds of the same.';
 COMMENT ON COLUMN allocation_requests.preemptions IS 'Times that it gave its blocks up.';
 COMMENT ON COLUMN allocation_requests.refused IS 'Why it was not served; null where it was.';
 

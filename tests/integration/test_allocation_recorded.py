@@ -64,7 +64,9 @@ def test_the_verb_sweeps_and_keeps_what_it_found(
     assert [one["kind"] for one in found] == ["recorded"] + ["what-if"] * 6
     recorded, same = found[0], found[3]
     assert same["settings"]["pool"] == recorded["pool"] == 20
-    for number in ("preemptions", "evictions", "steps", "peak_blocks", "wait_steps_mean"):
+    for number in ("preemptions", "evictions", "steps", "peak_blocks"):
+        assert same[number] == recorded[number]
+    for number in ("wait_steps_mean", "wait_steps_p95", "preempted_steps_mean"):
         assert same[number] == recorded[number]
     assert all("the pool has 7" in reason for reason in found[1]["refused"])
     assert found[1]["refused"]

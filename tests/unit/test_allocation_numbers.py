@@ -16,6 +16,8 @@ from kvtrace_viewer.allocation.history import ALLOCATE, EVICT, FREE, KEEP, SHARE
 from kvtrace_viewer.allocation.observed import observe
 from kvtrace_viewer.allocation.occupancy import occupancy
 from kvtrace_viewer.allocation.residency import GAP, IDLE, LIFETIME, metrics, residencies
+from kvtrace_viewer.allocation.result import PoolResult
+from kvtrace_viewer.allocation.waits import Absence, absences
 
 S = 1_000_000_000
 #: moment, kind, request, block, index; a second a moment.
@@ -74,6 +76,35 @@ def test_occupancy_is_that_of_each_step(history: PoolHistory) -> None:
     assert found.waiting.tolist() == [1, 0, 1, 1, 0, 0, 0]
     assert history.tables_at(1) == {0: [0, 1], 1: [0, 2]}
     assert history.tables_at(6) == {}
+
+
+def test_what_a_preempted_request_missed_is_counted_apart() -> None:
+    # Request 0 takes blocks 0 and 1, loses both before step 2, is back in step 5, ends before 6;
+    # request 1 gives up one of two and goes on. Evictions are of no request.
+    events = [(0, 0, 0, 0, 0), (1, 0, 0, 1, 1), (1, 0, 1, 2, 0), (1, 0, 1, 3, 1), (2, 2, 0, 0, 0)]
+    events += [(2, 3, 0, 1, 1), (3, 4, -1, 1, -1), (3, 2, 1, 3, 1), (4, 0, 0, 0, 0)]
+    events += [(4, 2, 0, 0, 0), (5, 0, 0, 0, 0), (6, 2, 0, 0, 0)]
+    table: Any = np.array(events)
+    parts: Any = np.array([(0, 0, 0, 4), (1, 0, 4, 1), (1, 1, 0, 5), (4, 1, 5, 1), (5, 0, 0, 5)])
+    names = ("moment", "kind", "request", "block", "index")
+    part = ("part_step", "part_request", "part_past", "part_count")
+    columns: dict[str, Any] = {name: table[:, i] for i, name in enumerate(names)}
+    columns |= {name: parts[:, i] for i, name in enumerate(part)}
+    found = PoolHistory(
+        block_size=4,
+        num_blocks=4,
+        bytes_per_block=0,
+        **columns,
+        ts_ns=table[:, 0] * S,
+        started_ns=np.arange(6) * S,
+        duration_ns=np.full(6, S),
+    )
+    assert absences(found) == [Absence(request=0, lost_step=2, back_step=5)]
+    assert occupancy(found).preempted.tolist() == [0, 0, 1, 1, 1, 0]
+    numbers = PoolResult(found, None, {0: 1}).to_json()
+    assert numbers["preempted_steps_mean"] == 1.5
+    assert numbers["preempted_steps_max"] == 3
+    assert numbers["preempted_s_mean"] == 1.5
 
 
 def test_lifetimes_idle_times_and_gaps_are_those_of_the_events(history: PoolHistory) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.allocation.history import ALLOCATE, EVICT, KEEP, SHARE, Ints, PoolHistory
+from kvtrace_viewer.allocation.waits import absences, between, first_steps
 from kvtrace_viewer.replay.jit import jit
 
 
@@ -23,7 +24,8 @@ class Occupancy:
     shared : blocks that several requests hold.
     references : entries of all block tables.
     unused_slots : token slots of held blocks without a token: internal fragmentation.
-    running, waiting : requests of the step; requests that had come and waited.
+    running, waiting : requests of the step; requests that had come and had no step yet.
+    preempted : requests that had given up all blocks and waited to come back.
     tokens : tokens that the step processed.
     """
 
@@ -35,6 +37,7 @@ class Occupancy:
     unused_slots: Ints
     running: Ints
     waiting: Ints
+    preempted: Ints
     tokens: Ints
 
     def internal_fragmentation(self, block_size: int) -> NDArray[np.float64]:
@@ -74,26 +77,24 @@ def occupancy(history: PoolHistory) -> Occupancy:
         unused_slots=unused,
         running=np.bincount(history.part_step, minlength=steps).astype(np.int64),
         waiting=_waiting(history),
+        preempted=_preempted(history),
         tokens=np.bincount(history.part_step, weights=history.part_count, minlength=steps).astype(
             np.int64
         ),
     )
 
 
-def first_steps(history: PoolHistory) -> dict[int, int]:
-    """The first step that processed each request."""
-    requests, places = np.unique(history.part_request, return_index=True)
-    return {int(r): int(history.part_step[p]) for r, p in zip(requests, places, strict=True)}
-
-
 def _waiting(history: PoolHistory) -> Ints:
     """Requests that had come and had no step yet."""
-    change = np.zeros(history.steps + 1, np.int64)
     first = first_steps(history)
-    for request, step in first.items():
-        change[min(history.arrival_step.get(request, step), step)] += 1
-        change[step] -= 1
-    return np.cumsum(change)[:-1]
+    begins = [min(history.arrival_step.get(one, step), step) for one, step in first.items()]
+    return between(begins, list(first.values()), history.steps)
+
+
+def _preempted(history: PoolHistory) -> Ints:
+    """Requests that had given up all blocks and had not come back."""
+    gone = absences(history)
+    return between([one.lost_step for one in gone], [one.back_step for one in gone], history.steps)
 
 
 @jit

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from kvtrace.trace import Trace
 from kvtrace_viewer.allocation.history import EVICT, Ints, PoolHistory
 from kvtrace_viewer.allocation.observed import observe
-from kvtrace_viewer.allocation.occupancy import Occupancy, first_steps, occupancy
+from kvtrace_viewer.allocation.occupancy import Occupancy, occupancy
 from kvtrace_viewer.allocation.residency import Residency, metrics, residencies
+from kvtrace_viewer.allocation.waits import absences, first_steps
 from kvtrace_viewer.allocation.whatif import WhatIf
 
 
@@ -92,6 +93,16 @@ class PoolResult:
             found[request] = (steps, max(0, int(history.started_ns[first]) - came))
         return found
 
+    @cached_property
+    def preempted_waits(self) -> dict[int, tuple[int, int]]:
+        """Steps and nanoseconds that a request missed after preemptions, by request that did."""
+        started, found = self.history.started_ns, dict[int, tuple[int, int]]()
+        for one in absences(self.history):
+            steps, ns = found.get(one.request, (0, 0))
+            took = int(started[one.back_step] - started[one.lost_step])
+            found[one.request] = (steps + one.steps, ns + took)
+        return found
+
     def bytes_held(self) -> Ints:
         """Bytes of held blocks, by step."""
         return self.occupancy.held * self.history.bytes_per_block
@@ -100,6 +111,9 @@ class PoolResult:
         """The numbers as plain values."""
         history, pool = self.history, self.occupancy
         waits = np.array(list(self.waits.values()), np.int64).reshape(-1, 2)
+        requests = len(np.unique(history.part_request))
+        missed = [steps for steps, _ in self.preempted_waits.values()]
+        missed_ns = sum(ns for _, ns in self.preempted_waits.values())
         run = None if self.what_if is None else self.what_if.run
         held = pool.held
         return {
@@ -109,7 +123,7 @@ class PoolResult:
             "pool": history.num_blocks,
             "bytes_per_block": history.bytes_per_block or None,
             "steps": history.steps,
-            "requests": len(np.unique(history.part_request)),
+            "requests": requests,
             "refused": [self.refused[r] for r in sorted(self.refused)],
             "preemptions": sum(self.preempted.values()),
             "recomputed_tokens": None if run is None else sum(j.recomputed for j in run.jobs),
@@ -127,6 +141,9 @@ class PoolResult:
             "wait_steps_p95": float(np.percentile(waits[:, 0], 95)) if len(waits) else None,
             "wait_steps_max": int(waits[:, 0].max()) if len(waits) else None,
             "wait_s_mean": _mean(waits[:, 1] / 1e9),
+            "preempted_steps_mean": sum(missed) / requests if requests else None,
+            "preempted_steps_max": max(missed, default=0),
+            "preempted_s_mean": missed_ns / requests / 1e9 if requests else None,
             "span_s": self.span_s,
             "tokens_per_s": int(pool.tokens.sum()) / self.span_s if self.span_s else None,
             **metrics(self.stays),

@@ -13,9 +13,9 @@ import numpy as np
 
 from kvtrace.store import StoreWriter, publish
 from kvtrace.trace import Trace
-from kvtrace_viewer.allocation.occupancy import first_steps
 from kvtrace_viewer.allocation.residency import GAP, IDLE, LIFETIME
 from kvtrace_viewer.allocation.result import PoolResult
+from kvtrace_viewer.allocation.waits import first_steps
 
 Columns = Mapping[str, Any]
 _RUN = (
@@ -39,6 +39,11 @@ _RUN = (
     "wait_steps_max",
     "wait_s_mean",
     "span_s",
+    "wait_steps_p95",
+    "preempted_steps_mean",
+    "preempted_steps_max",
+    "preempted_s_mean",
+    "tokens_per_s",
 )
 
 
@@ -89,7 +94,8 @@ def _run(result: PoolResult) -> Columns:
 
 def _steps(result: PoolResult) -> Columns:
     pool, history = result.occupancy, result.history
-    names = ("held", "cached", "free", "shared", "unused_slots", "running", "waiting", "tokens")
+    blocks = ("held", "cached", "free", "shared", "unused_slots")
+    names = (*blocks, "running", "waiting", "preempted", "tokens")
     return {
         "step": np.arange(history.steps),
         "started_ns": history.started_ns,
@@ -104,6 +110,7 @@ def _requests(result: PoolResult) -> Columns:
     last = dict(zip(history.part_request.tolist(), history.part_step.tolist(), strict=True))
     requests = sorted({*first, *result.refused})
     waits = [result.waits.get(r, (None, None)) for r in requests]
+    missed = [result.preempted_waits.get(r, (0, 0)) for r in requests]
     return {
         "request": requests,
         "arrival_step": [history.arrival_step.get(r) for r in requests],
@@ -111,6 +118,8 @@ def _requests(result: PoolResult) -> Columns:
         "last_step": [last.get(r) for r in requests],
         "wait_steps": [steps for steps, _ in waits],
         "wait_ns": [ns for _, ns in waits],
+        "preempted_steps": [steps for steps, _ in missed],
+        "preempted_ns": [ns for _, ns in missed],
         "preemptions": [result.preempted.get(r, 0) for r in requests],
         "refused": [result.refused.get(r) for r in requests],
     }

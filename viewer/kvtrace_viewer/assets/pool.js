@@ -185,11 +185,12 @@ window.kv = window.kv || {};
                 shared += this.refs[block] > 1;
             }
             const waiting = this.requests.filter((r) => r.first !== null && r.arrival <= step && r.first > step).length;
+            const away = this.requests.filter((r) => isAway(r, step)).length;
             Object.assign(this.root.dataset, { held, cached, shared, step });
             const facts = [
                 ["held", `${kv.count(held)} of ${kv.count(this.blocks)}`], ["cached", kv.count(cached)],
                 ["shared", kv.count(shared)], ["unused slots", kv.count(this.unused[step] || 0)],
-                ["in the batch", kv.count(this.now.size)], ["waiting", kv.count(waiting)],
+                ["in the batch", kv.count(this.now.size)], ["waiting", kv.count(waiting)], ["preempted", kv.count(away)],
                 ...(this.bytesPerBlock ? [["bytes", `${kv.count(Math.round(held * this.bytesPerBlock / 1024))} KiB`]] : []),
             ];
             this.facts.replaceChildren(...facts.map(([name, value]) => {
@@ -232,7 +233,9 @@ window.kv = window.kv || {};
                 }
                 const until = request.first ?? request.arrival;
                 context.fillStyle = kv.token("pool-waiting");
-                context.fillRect(left + request.arrival * each, y + row * 0.4, (until - request.arrival) * each, Math.max(1, row * 0.2));
+                for (const [begin, end] of [[request.arrival, until], ...request.away]) {
+                    context.fillRect(left + begin * each, y + row * 0.4, (end - begin) * each, Math.max(1, row * 0.2));
+                }
             });
             const thick = Math.max(1, row - 3);
             for (let part = 0; part < this.partStep.length; part += 1) {
@@ -262,7 +265,8 @@ window.kv = window.kv || {};
                 return [`Step ${kv.count(step)}`, `${kv.count(this.held[step])} held, ${kv.count(this.cached[step])} cached`];
             }
             return [request.name, `step ${kv.count(step)}; came at ${kv.count(request.arrival)}`,
-                request.first === null ? "never begun" : `begun at ${kv.count(request.first)}`];
+                request.first === null ? "never begun" : `begun at ${kv.count(request.first)}`,
+                ...(isAway(request, step) ? ["preempted: waits to come back"] : [])];
         }
 
         cellAt(event) {
@@ -296,6 +300,11 @@ window.kv = window.kv || {};
         prefill: "written by a prompt", write: "written by decoding", read: "read by this step",
         idle: "held, not in this step", cached: "cached, nobody holds it", free: "free",
     };
+
+    /* Whether a request had lost its blocks to a preemption and had not come back. */
+    function isAway(request, step) {
+        return request.away.some(([begin, end]) => begin <= step && step < end);
+    }
 
     function shorten(context, text, width) {
         if (context.measureText(text).width <= width) return text;

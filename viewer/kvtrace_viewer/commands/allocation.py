@@ -107,6 +107,10 @@ def _show(results: list[PoolResult], whole: ContiguousUse | None) -> None:
     out = console()
     if results:
         out.print(_table(results))
+        out.print(
+            "waited: steps from arrival to first step; preempted for: steps missed after that, by"
+            " requests that lost their blocks; both by request"
+        )
         reasons = [reason for result in results for reason in result.refused.values()]
         for reason in dict.fromkeys(reasons):
             out.print(f"refused: {reason}", markup=False)
@@ -139,31 +143,38 @@ def _table(results: list[PoolResult]) -> Table:
         "pool",
         "steps",
         "preempted",
-        "waited",
+        "waited: mean",
+        "p95",
+        "preempted for",
         "held, mean",
         "peak",
         "unused slots",
         "evicted",
-        "lifetime",
+        "tokens/s",
     )
     for name in columns:
         table.add_column(name, justify="right")
     for result in results:
         found = result.to_json()
-        lifetime = found["kv_block_lifetime_seconds"]
         table.add_row(
             _label(result),
             f"{found['pool']:,} x {found['block_size']}",
             f"{found['steps']:,}",
             f"{found['preemptions']:,}",
-            "-" if found["wait_steps_mean"] is None else f"{found['wait_steps_mean']:.1f} steps",
+            _number(found["wait_steps_mean"], ".1f"),
+            _number(found["wait_steps_p95"], ".1f"),
+            _number(found["preempted_steps_mean"], ".1f"),
             "-" if found["mean_occupancy"] is None else f"{found['mean_occupancy']:.1%}",
             f"{found['peak_blocks']:,}",
             f"{found['internal_fragmentation']:.1%}" if found["peak_blocks"] else "-",
             f"{found['evictions']:,}",
-            "-" if lifetime is None else f"{lifetime['mean']:.3g} s",
+            _number(found["tokens_per_s"], ",.0f"),
         )
     return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _label(result: PoolResult) -> str:

@@ -13,9 +13,10 @@ from kvtrace.errors import InputError
 from kvtrace.trace import Trace
 from kvtrace_viewer.allocation.history import PoolHistory
 from kvtrace_viewer.allocation.observed import has_blocks, observe
-from kvtrace_viewer.allocation.occupancy import first_steps, occupancy
+from kvtrace_viewer.allocation.occupancy import occupancy
 from kvtrace_viewer.allocation.result import PoolResult
 from kvtrace_viewer.allocation.settings import Settings
+from kvtrace_viewer.allocation.waits import absences, first_steps
 from kvtrace_viewer.allocation.whatif import what_if
 from kvtrace_viewer.allocation.workload import read_workload
 
@@ -68,6 +69,9 @@ def encode_history(history: PoolHistory) -> bytes:
     numbers = np.unique(np.concatenate([history.request, history.part_request]))
     numbers = numbers[numbers >= 0]
     first, pool = first_steps(history), occupancy(history)
+    away: dict[int, list[list[int]]] = {}
+    for one in absences(history):
+        away.setdefault(one.request, []).append([one.lost_step, one.back_step])
     columns = {
         "moment": history.moment,
         "kind": history.kind,
@@ -88,6 +92,7 @@ def encode_history(history: PoolHistory) -> bytes:
             "prompt": history.prompt_tokens.get(int(number), 0),
             "arrival": history.arrival_step.get(int(number), first.get(int(number), 0)),
             "first": first.get(int(number)),
+            "away": away.get(int(number), []),
         }
         for number in numbers
     ]

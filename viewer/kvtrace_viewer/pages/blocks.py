@@ -41,10 +41,13 @@ COLUMNS = [
     number_column("preemptions", "Preempted", width=104),
     number_column("refused", "Refused", width=92),
     number_column("wait_steps_mean", "Waited, steps", width=118, valueFormatter=SHARE),
+    number_column("wait_steps_p95", "p95", width=76, valueFormatter=SHARE),
+    number_column("preempted_steps_mean", "Preempted for", width=122, valueFormatter=SHARE),
     number_column("mean_occupancy", "Held, mean", width=106, valueFormatter=SHARE),
     number_column("peak_blocks", "Peak", width=84),
     number_column("internal_fragmentation", "Unused slots", width=114, valueFormatter=SHARE),
     number_column("evictions", "Evicted", width=92),
+    number_column("tokens_per_s", "Tokens/s", width=96, valueFormatter=SHARE),
     number_column("cached_tokens", "Found cached", width=116),
     number_column("recomputed_tokens", "Recomputed", width=110),
 ]
