@@ -134,11 +134,23 @@ def test_picking_a_trace_shows_it_on_the_same_page(browser: Browser, address: st
     browser.until(READY["/sql"])
 
 
-def test_going_back_restores_the_view_that_was_left(browser: Browser, address: str) -> None:
-    # The whole state, so that the page has nothing to add to the address when it has drawn.
-    view = "layer=2&head=3&x=10&y=30&span=20&request=0&scale=sqrt&pool=max"
-    browser.open(f"{address}/attention?trace=run.kvtrace&{view}")
+def test_a_link_to_what_is_shown_keeps_the_view(browser: Browser, address: str) -> None:
+    """As does Dash's Location, which does what a link does where it renders late."""
+    browser.open(f"{address}/attention?trace=run.kvtrace")
     browser.until(READY["/attention"])
+    view = browser.query()
+    assert "pool=" in view
+    steps = browser.js("return history.length")
+    browser.js("document.querySelector('.kv-nav-link.kv-active').click()")
+    assert browser.query() == view
+    assert browser.js("return history.length") == steps
+
+
+def test_going_back_restores_the_view_that_was_left(browser: Browser, address: str) -> None:
+    browser.open(f"{address}/attention?trace=run.kvtrace&layer=2&head=3&x=10&y=30&span=20")
+    browser.until(READY["/attention"])
+    # The page writes its whole state into the address before it draws.
+    assert "pool=" in browser.query()
     left = browser.query()
     browser.js("document.querySelector('.kv-brand').click()")
     browser.until(READY["/"])

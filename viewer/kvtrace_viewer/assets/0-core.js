@@ -84,6 +84,27 @@ window.kv = window.kv || {};
         }
     };
 
+    /* Where Dash's Location renders after a page has completed the address that Dash gave, it takes
+       the page's for an old one and pushes its own again: the view would be gone from the address,
+       and back would lead to the same page. The same for a link to what is shown already. */
+    let given = location.href;
+    let isRepeated = false;
+    const push = history.pushState.bind(history);
+    history.pushState = function (state, title, url) {
+        const next = new URL(url ?? "", location.href).href;
+        isRepeated = next === given && next !== location.href;
+        if (isRepeated) return;
+        given = next;
+        push(state, title, url);
+    };
+    window.addEventListener("popstate", () => {
+        given = location.href;
+    });
+    window.addEventListener("_dashprivate_pushstate", (event) => {
+        if (isRepeated) event.stopImmediatePropagation();
+        isRepeated = false;
+    });
+
     /* ---- light and dark ---- */
 
     kv.scheme = () =>
