@@ -242,7 +242,8 @@ CREATE TABLE replays (
     exactness VARCHAR, created_ns BIGINT, tokens BIGINT, measured_rows BIGINT, hits BIGINT,
     misses BIGINT, evictions BIGINT, retained_mass DOUBLE, mass_p5 DOUBLE, mass_worst DOUBLE,
     sinks BIGINT, retained_sinks BIGINT, output_error DOUBLE, ties BIGINT, bound DOUBLE,
-    rerotate BOOLEAN, overlap DOUBLE, bound_layer DOUBLE, bound_model DOUBLE, bound_scope VARCHAR
+    rerotate BOOLEAN, overlap DOUBLE, bound_layer DOUBLE, bound_model DOUBLE, bound_scope VARCHAR,
+    selects BOOLEAN
 );
 COMMENT ON TABLE replays IS 'One row per replayed policy and budget, over all requests, layers and heads.';
 COMMENT ON COLUMN replays.budget IS 'Tokens per KV head (N), or the share of the tokens present (P%).';
@@ -251,6 +252,7 @@ COMMENT ON COLUMN replays.created_ns IS 'When the replay ended.';
 COMMENT ON COLUMN replays.mass_p5 IS '5th percentile of retained mass over query heads, layers and measured rows.';
 COMMENT ON COLUMN replays.mass_worst IS 'The least of the same.';
 COMMENT ON COLUMN replays.retained_sinks IS 'Of the sinks, those still held at the end.';
+COMMENT ON COLUMN replays.selects IS 'Whether every query chose what it read, so that evicted_at tells what was stored. Null in older replays.';
 COMMENT ON COLUMN replays.rerotate IS 'Whether kept tokens were renumbered by their place in the cache and their keys re-rotated: output_error and overlap are then of that. Null, as false, in older replays.';
 COMMENT ON COLUMN replays.overlap IS 'Re-rotated: mean of what attention has in common with the full cache''s, sum_j min(a, a''); null otherwise, where it is retained_mass.';
 COMMENT ON COLUMN replays.output_error IS 'Mean relative error of the attention output, ||o_S - o|| / ||o||; null without v.';

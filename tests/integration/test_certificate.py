@@ -177,7 +177,9 @@ def test_rerotated_is_a_cache_that_turns_its_keys(
     assert (plain - want).abs().max() > 1e-2, "the turn must be felt, or nothing is tested"
     assert found.live is None
     assert found.generation is not None
-    assert "re-rotated" in str(found.live_reason)
+    same = policy.startswith("streaming") or when == "prefill"
+    said = "so a live run keeps the same" if same else "re-rotated"
+    assert said in str(found.live_reason)
 
 
 @pytest.mark.parametrize("name", ["h2o-30pct-step", "knorm-30pct-prefill", "oracle-30pct-step"])
@@ -381,3 +383,19 @@ def test_the_verb_says_what_is_missing(
     assert main(["verify", str(trace.path), "--replay", "h2o-30pct-step"]) == 1
     assert "--model DIR" in capsys.readouterr().err
     assert main(["verify", str(trace.path)]) == 2
+
+
+def test_cuts_inside_the_prompt_are_run_live_where_their_places_are_known(
+    trace: Trace, model: Any
+) -> None:
+    (every,) = replay(trace, ["h2o"], ["30%"], "chunk=16")
+    (recorded,) = replay(trace, ["h2o"], ["30%"], "chunk")
+    found, other = certify(trace, [every.id, recorded.id], model, options=Options(generated=0))
+    assert found.rows == PROMPT + NEW - 16
+    assert found.live is not None
+    assert found.live.settled
+    assert sorted(set(found.live.events["position"])) == [15, 31, PROMPT - 1]
+    first = found.live.events["position"] == 15
+    assert (found.live.events["jaccard"][first] == 1).all(), "the first cut sees the full cache"
+    assert other.live is None
+    assert "replay chunk=N" in str(other.live_reason)

@@ -15,11 +15,12 @@ from kvtrace.errors import InputError
 from kvtrace.model import Layer, Request
 from kvtrace.ranks import NUMBERS_PER_RANK
 from kvtrace.trace import Trace
-from kvtrace_recorder.certificate import live
+from kvtrace_recorder.certificate import live, replayed
 from kvtrace_recorder.certificate.enforce import as_tensors, attention_modules, known_ropes
 from kvtrace_recorder.certificate.forward import EnforcedRun, KeyCheck, teacher_forced
 from kvtrace_recorder.certificate.generation import generate_both
-from kvtrace_recorder.certificate.result import Certificate, Columns, Live, store
+from kvtrace_recorder.certificate.replayed import Reads
+from kvtrace_recorder.certificate.result import Certificate, Live, store, summary
 
 KEY_ERROR = 0.05
 """Further than this a model's keys are from another model, or from other tokens."""
@@ -133,11 +134,6 @@ class _Work:
             Where there is none of this name, or it cannot be enforced.
         """
         stored = trace.replay(name)
-        if rows[name]["exactness"] == "E2s":
-            raise InputError(
-                f"{name} chooses per query what is read and may evict nothing; a certificate is of"
-                " kept sets; choose a replay of an evicting policy"
-            )
         steps = stored.table("replay_steps")
         measured = zip(steps["request"].to_pylist(), steps["position"].to_pylist(), strict=True)
         requests: dict[int, int] = {}
@@ -152,6 +148,12 @@ class _Work:
             )
         array = stored.array("evicted_at")
         return cls(name, rows[name], np.asarray(array.read(0, array.shape[0])), requests, last)
+
+    def reads(self, trace: Trace, request: Request, layers: list[Layer]) -> Reads | None:
+        """What queries read, where each chooses it: found anew, as it is not stored."""
+        if not (self.row["selects"] or self.row["exactness"] == "E2s"):
+            return None
+        return replayed.reads(trace.path, self.row, request.request, layers)
 
     def of_request(self, trace: Trace, request: Request) -> NDArray[np.int32]:
         """`evicted_at [token, layer, kv_head]` of a request.
@@ -202,6 +204,7 @@ def _certify_request(
             as_tensors(evicted_at[one.name], model),
             one.requests[request.request],
             ropes=known_ropes(trace, specs) if one.row["rerotate"] else None,
+            reads=one.reads(trace, request, specs),
         )
         for one in work
     }
@@ -217,7 +220,9 @@ def _certify_request(
     found = []
     for done, one in enumerate(work, start=1):
         gone = evicted_at[one.name]
-        lived, reason = _live(trace, request, one, model, ids, layers, gone, options)
+        lived, reason = _live(
+            trace, request, one, model, ids, layers, gone, runs[one.name].reads, options
+        )
         generation = None
         count = min(options.generated, request.tokens - request.prompt_tokens)
         if count > 0:
@@ -239,23 +244,6 @@ def _certify_request(
     return found
 
 
-def summary(steps: Columns) -> dict[str, Any]:
-    """What the steps of a certificate amount to."""
-    full, evicted = (steps[name][np.isfinite(steps[name])] for name in ("nll_full", "nll_evicted"))
-    apart = np.flatnonzero(~steps["agrees"])
-    return {
-        "rows": len(steps["kl"]),
-        "kl_mean": float(steps["kl"].mean()),
-        "kl_p95": float(np.percentile(steps["kl"], 95)),
-        "kl_max": float(steps["kl"].max()),
-        "perplexity_full": float(np.exp(full.mean())) if len(full) else None,
-        "perplexity_evicted": float(np.exp(evicted.mean())) if len(evicted) else None,
-        "agreement": float(steps["agrees"].mean()),
-        "diverges_at": int(steps["position"][apart[0]]) if len(apart) else None,
-        "steps": steps,
-    }
-
-
 def _live(
     trace: Trace,
     request: Request,
@@ -264,6 +252,7 @@ def _live(
     ids: torch.Tensor,
     layers: Mapping[int, Layer],
     evicted_at: NDArray[np.int32],
+    reads: Reads | None,
     options: Options,
 ) -> tuple[Live | None, str | None]:
     """The live run, or why there is none."""
@@ -274,7 +263,9 @@ def _live(
         return None, reason
     try:
         return (
-            live.run_live(trace, request, work.row, model, ids, layers, evicted_at, options.passes),
+            live.run_live(
+                trace, request, work.row, model, ids, layers, evicted_at, reads, options.passes
+            ),
             None,
         )
     except InputError as error:

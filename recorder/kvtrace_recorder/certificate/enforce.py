@@ -15,6 +15,7 @@ from kvtrace.errors import InputError
 from kvtrace.model import Layer
 from kvtrace.rope import Rope, ropes
 from kvtrace.trace import Trace
+from kvtrace_recorder.certificate.replayed import Reads
 from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.patch import Patch
 
@@ -39,6 +40,8 @@ class Attending:
         as are heads and tokens that are not there. Calls of layers without go through unchanged.
     see : callable, optional
         Shown every call.
+    reads : Reads, optional
+        What queries read that choose it, of what is held.
     ropes : mapping of int to Rope, optional
         By layer. Where given, keys are re-rotated to their places in the cache; calls must then
         be of one row, because another row's keys stand elsewhere.
@@ -50,8 +53,10 @@ class Attending:
         evicted_at: Mapping[int, torch.Tensor] | None = None,
         see: See | None = None,
         ropes: Mapping[int, Rope] | None = None,
+        reads: Reads | None = None,
     ) -> None:
         self.ropes = ropes
+        self._reads = reads
         self._layers = layers
         self._evicted_at = evicted_at or {}
         self._see = see
@@ -101,7 +106,7 @@ class Attending:
                 if spec.layer not in self._evicted_at:
                     return function(*operands, **extra)
                 evicted_at = self._evicted_at[spec.layer]
-                mask, k = hide(call, spec, evicted_at), call.k
+                mask, k = hide(call, spec, evicted_at, self._reads), call.k
                 if self.ropes is not None:
                     k = renumbered(k, evicted_at, self.ropes[spec.layer])
                 rest = {name: x for name, x in extra.items() if name not in _OPERANDS}
@@ -115,11 +120,13 @@ class Attending:
 _OPERANDS = ("module", "query", "key", "value", "attention_mask")
 
 
-def hide(call: Call, spec: Layer, evicted_at: torch.Tensor) -> torch.Tensor:
+def hide(
+    call: Call, spec: Layer, evicted_at: torch.Tensor, reads: Reads | None = None
+) -> torch.Tensor:
     """The mask of a call with the evicted keys hidden too: [1, q_head, row, key], to be added.
 
-    A row sees a key that was evicted after it, or never; keys after the row and outside the
-    layer's own window stay hidden whatever the model's mask says.
+    A row sees a key that was evicted after it, or never, and of those what it reads; keys after
+    the row and outside the layer's own window stay hidden whatever the model's mask says.
     """
     kv_heads, keys = call.k.shape[1:3]
     rows = call.q.shape[2]
@@ -131,6 +138,10 @@ def hide(call: Call, spec: Layer, evicted_at: torch.Tensor) -> torch.Tensor:
     hidden = hidden.repeat(kv_heads, 1, 1)
     known = evicted_at[:kv_heads, None, :keys]
     hidden[: len(known), :, : known.shape[2]] |= known < row
+    if reads is not None:
+        read = reads.of(spec.layer, slice(keys - rows, keys), keys)
+        unread = torch.from_numpy(~read).to(call.q.device)
+        hidden[list(reads.kv_heads[spec.layer])] |= unread
     hidden = hidden.repeat_interleave(call.q.shape[1] // kv_heads, dim=0)[None]
     mask = torch.zeros(hidden.shape, dtype=call.q.dtype, device=call.q.device)
     own = call.mask

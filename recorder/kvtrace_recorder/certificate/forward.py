@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from kvtrace.model import Layer
 from kvtrace.rope import Rope
 from kvtrace_recorder.certificate.enforce import Attending, See
+from kvtrace_recorder.certificate.replayed import Reads
 from kvtrace_recorder.certificate.result import Columns
 
 CHUNK_ROWS = 256
@@ -41,12 +42,15 @@ class EnforcedRun:
         Shown every attention call of the rows from `first_row` on.
     ropes : mapping of int to Rope, optional
         As `Attending` takes them.
+    reads : Reads, optional
+        As `Attending` takes them.
     """
 
     evicted_at: Mapping[int, torch.Tensor]
     first_row: int
     see: See | None = None
     ropes: Mapping[int, Rope] | None = None
+    reads: Reads | None = None
     _cache: Any = None
     _parts: list[Columns] = field(default_factory=list)
 
@@ -60,7 +64,7 @@ class EnforcedRun:
         self, model: Any, ids: torch.Tensor, layers: Mapping[int, Layer], rows: slice, full: Any
     ) -> None:
         """Run some rows, and compare with the full cache's logits [row, vocabulary]."""
-        hook = Attending(layers, self.evicted_at, self.see, self.ropes)
+        hook = Attending(layers, self.evicted_at, self.see, self.ropes, self.reads)
         logits = forward(model, ids[:, rows], self._cache, hook)
         following = ids[0, rows.start + 1 : rows.stop + 1]
         self._parts.append(

@@ -29,7 +29,7 @@ def generate_both(
     wherever the recorded tokens are the greedy ones.
     """
     full = _generate(model, prompt, layers, Attending(layers), count)
-    hook = Attending(layers, run.evicted_at, ropes=run.ropes)
+    hook = Attending(layers, run.evicted_at, ropes=run.ropes, reads=run.reads)
     evicted = _generate(model, prompt, layers, hook, count)
     apart = [i for i, (a, b) in enumerate(zip(full, evicted, strict=True)) if a != b]
     return Generation(

@@ -10,8 +10,6 @@ The replaying itself is the `replay` verb's business, on a trace of the enforced
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,18 +20,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import kvtrace
-import kvtrace.cli
-from kvtrace.errors import InputError
 from kvtrace.model import Layer, Request
 from kvtrace.trace import Trace
 from kvtrace.writer import LayerSpec, TraceWriter
+from kvtrace_recorder.certificate import replayed as replay_verb
 from kvtrace_recorder.certificate.enforce import as_tensors
 from kvtrace_recorder.certificate.forward import EnforcedRun, new_rows, teacher_forced
-from kvtrace_recorder.certificate.result import Columns, Live
+from kvtrace_recorder.certificate.replayed import Reads
+from kvtrace_recorder.certificate.result import Live
+from kvtrace_recorder.certificate.sets import KeptSets, events_apart, first_measured
 from kvtrace_recorder.lse import KeyHistory, row_lse
-
-Evicted = NDArray[np.int32]
 
 
 @dataclass
@@ -52,6 +48,10 @@ class Captured:
 def obstacle(trace: Trace, request: Request, replay: Mapping[str, Any]) -> str | None:
     """Why a replay's policy cannot be run live on the tokens of a trace; None where it can."""
     policy = replay["policy"]
+    if not replay["evictions"] and not (replay["selects"] or replay["exactness"] == "E2s"):
+        return "it evicts nothing, so a live run is the model's own"
+    if replay["rerotate"] and replay["exactness"] in ("E0", "E1"):
+        return "it decides by position or once after the prompt, so a live run keeps the same"
     if replay["rerotate"]:
         return "it is re-rotated, and a live policy would decide from the attention of that"
     if policy.partition(":")[0] in ("oracle", "full"):
@@ -75,7 +75,8 @@ def run_live(
     model: Any,
     ids: torch.Tensor,
     layers: Mapping[int, Layer],
-    replayed: Evicted,
+    replayed: NDArray[np.int32],
+    reads: Reads | None,
     passes: int,
 ) -> Live:
     """Run a replay's policy live; see the module.
@@ -88,6 +89,8 @@ def run_live(
         As `teacher_forced` takes them.
     replayed : int32 [token, layer, kv_head]
         `evicted_at` of the replay.
+    reads : Reads, optional
+        What queries read by it that choose it.
     passes : int
         At most so many.
 
@@ -96,75 +99,30 @@ def run_live(
     InputError
         Where the enforced run cannot be replayed, with the reason.
     """
-    under, first_row = replayed, first_measured(replayed)
+    under = KeptSets(replayed, reads)
+    first_row = first_measured(replayed) if reads is None else reads.first_row
     with tempfile.TemporaryDirectory(prefix="kvtrace-live-") as folder:
         for number in range(1, passes + 1):
             captured = Captured()
-            run = EnforcedRun(as_tensors(under, model), first_row, captured.see)
+            hidden = as_tensors(under.evicted_at, model)
+            run = EnforcedRun(hidden, first_row, captured.see, reads=under.reads)
             teacher_forced(model, ids, layers, [run])
             path = Path(folder) / "enforced.kvtrace"
             _write(path, trace, request, captured, first_row)
-            found = _replay(path, replay)[:, : under.shape[1], : under.shape[2]]
-            apart = found != under
-            if not apart.any() or number == passes:
+            found = KeptSets(
+                replay_verb.evicted_at(path, replay)[:, : replayed.shape[1], : replayed.shape[2]],
+                None
+                if reads is None
+                else replay_verb.reads(path, replay, 0, trace.layers_of(request.request)),
+            )
+            changed = found.first_change(under)
+            if changed is None or number == passes:
                 break
             under = found
     kl_mean = float(run.steps["kl"].mean())
-    # From the first decision on that the last pass changed, nothing is settled but it itself.
-    changed = np.minimum(_last(found), _last(under))[apart]
-    settled_to = int(changed.min()) if apart.any() else len(ids[0])
-    events = _events(replayed, found, settled_to)
+    events = events_apart(KeptSets(replayed, reads), found, changed)
     jaccard = float(np.mean(events["jaccard"])) if len(events["jaccard"]) else 1.0
-    return Live(number, not apart.any(), kl_mean, jaccard, events, found)
-
-
-def first_measured(evicted_at: Evicted) -> int:
-    """The first row that misses a key; the number of tokens where none does."""
-    gone = evicted_at[evicted_at >= 0]
-    return int(gone.min()) + 1 if len(gone) else len(evicted_at)
-
-
-def _last(evicted_at: Evicted) -> Evicted:
-    return np.where(evicted_at < 0, len(evicted_at), evicted_at)
-
-
-def _events(replayed: Evicted, live: Evicted, settled_to: int) -> Columns:
-    """Columns of table `certificate_events`: Jaccard index of the held sets after each decision."""
-    tokens, num_layers, num_heads = replayed.shape
-    a, b = _last(replayed), _last(live)
-    rows = np.unique(np.concatenate([a[a < tokens], b[b < tokens]]))
-    present = np.arange(1, tokens + 1)
-    found = np.ones((len(rows), num_layers, num_heads))
-    for layer in range(num_layers):
-        for head in range(num_heads):
-            both, either = (
-                present - np.bincount(x, minlength=tokens + 1)[:tokens].cumsum()
-                for x in (
-                    np.minimum(a[:, layer, head], b[:, layer, head]),
-                    np.maximum(a[:, layer, head], b[:, layer, head]),
-                )
-            )
-            found[:, layer, head] = both[rows] / np.maximum(either[rows], 1)
-    return {
-        "position": np.repeat(rows, num_layers),
-        "layer": np.tile(np.arange(num_layers), len(rows)),
-        "jaccard": found.mean(axis=2).ravel(),
-        "jaccard_worst": found.min(axis=2).ravel(),
-        "is_exact": np.repeat(rows <= settled_to, num_layers),
-    }
-
-
-def _replay(path: Path, replay: Mapping[str, Any]) -> Evicted:
-    """`evicted_at` of the same policy on another trace, by the verb that makes replays."""
-    said = io.StringIO()
-    arguments = [str(path), "--policy", replay["policy"], "--budget", replay["budget"]]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        status = kvtrace.cli.main(["replay", *arguments, "--when", replay["decide_when"]])
-    if status:
-        raise InputError(said.getvalue().strip().removeprefix("error: "))
-    trace = kvtrace.open(path)
-    array = trace.replay(trace.replays()["replay"][0].as_py()).array("evicted_at")
-    return np.asarray(array.read(0, trace.rows), np.int32)
+    return Live(number, changed is None, kl_mean, jaccard, events, found.evicted_at)
 
 
 def _write(path: Path, trace: Trace, request: Request, captured: Captured, first: int) -> None:

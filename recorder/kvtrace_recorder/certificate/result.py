@@ -121,6 +121,23 @@ class Certificate:
         return found
 
 
+def summary(steps: Columns) -> dict[str, Any]:
+    """What the steps of a certificate amount to."""
+    full, evicted = (steps[name][np.isfinite(steps[name])] for name in ("nll_full", "nll_evicted"))
+    apart = np.flatnonzero(~steps["agrees"])
+    return {
+        "rows": len(steps["kl"]),
+        "kl_mean": float(steps["kl"].mean()),
+        "kl_p95": float(np.percentile(steps["kl"], 95)),
+        "kl_max": float(steps["kl"].max()),
+        "perplexity_full": float(np.exp(full.mean())) if len(full) else None,
+        "perplexity_evicted": float(np.exp(evicted.mean())) if len(evicted) else None,
+        "agreement": float(steps["agrees"].mean()),
+        "diverges_at": int(steps["position"][apart[0]]) if len(apart) else None,
+        "steps": steps,
+    }
+
+
 def store(trace: Trace, certificates: list[Certificate]) -> None:
     """Keep the certificates of one replay (one a request), in the place of older ones."""
     name = certificates[0].replay

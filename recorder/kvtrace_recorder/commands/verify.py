@@ -140,7 +140,7 @@ def _show(one: Certificate, predicted: dict[str, Any]) -> None:
 def _lines(one: Certificate, predicted: dict[str, Any]) -> list[tuple[str, str]]:
     mass, error = predicted["retained_mass"], predicted["output_error"]
     lines = [
-        ("predicted lost mass", "-" if mass is None else f"{1 - mass:.4f}"),
+        ("predicted lost mass", "-" if mass is None else f"{max(1 - mass, 0.0):.4f}"),
         ("predicted output error", "-" if error is None else f"{error:.4f}"),
         ("KL mean, p95, largest", f"{one.kl_mean:.4g}, {one.kl_p95:.4g}, {one.kl_max:.4g} nats"),
         ("perplexity", f"{_number(one.perplexity_full)} -> {_number(one.perplexity_evicted)}"),

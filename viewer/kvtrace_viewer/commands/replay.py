@@ -15,12 +15,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 import kvtrace
-from kvtrace.console import console, progress
+from kvtrace.console import progress
 from kvtrace.errors import InputError
 from kvtrace_viewer.commands.policies import list_policies
+from kvtrace_viewer.commands.replay_table import show_results
 from kvtrace_viewer.commands.wanted import show_wanted
 
 if TYPE_CHECKING:
@@ -78,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the positions kept after the last decision, by layer and KV head, as JSON",
     )
     parser.add_argument(
+        "--reads",
+        type=Path,
+        metavar="FILE.npz",
+        help="write what every query reads, of one policy that chooses it (quest, rocketkv,"
+        " recent_n) at one budget: rows, and layerL [row, KV head, byte], a bit a key",
+    )
+    parser.add_argument(
         "--regret",
         action="store_true",
         help="also find who later wanted what was evicted: tables replay_regrets and replay_wants,"
@@ -92,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Replay, keep, print."""
-    from kvtrace_viewer.replay import replay
+    from kvtrace_viewer.replay import Measures, replay
 
     if args.list:
         list_policies(kvtrace.open(args.trace) if args.trace else None, args.json)
@@ -110,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
             f"--kept writes one request's sets; {len(args.request or trace.requests())} requests "
             "would be replayed; add --request N"
         )
+    if args.reads:
+        _check_reads(trace, args)
     if args.regret and args.no_store:
         raise InputError(
             "--regret and --no-store were given; regrets are kept with their replay; give one"
@@ -123,16 +131,22 @@ def run(args: argparse.Namespace) -> int:
             args.request,
             store=not args.no_store,
             progress=tell,
+            measures=Measures(keep_reads=args.reads is not None),
             rerotate=args.rerotate,
         )
     wanted = _regrets(trace, results) if args.regret else {}
     if args.kept:
         _write_kept(results, args.kept)
+    if args.reads:
+        from kvtrace_viewer.replay.reads import write_reads
+
+        (result,) = results
+        write_reads(next(iter(result.reads.values()), {}), args.reads)
     if args.json:
         found = [result.to_json() | wanted.get(result.id, {}) for result in results]
         print(json.dumps(found, indent=1))
     else:
-        _show(results, args)
+        show_results(results, args)
         show_wanted(wanted)
     return 0
 
@@ -142,6 +156,27 @@ def _misused(args: argparse.Namespace, reason: str) -> int:
     args.parser.print_usage(sys.stderr)
     print(f"{args.parser.prog}: error: {reason}", file=sys.stderr)
     return 2
+
+
+def _check_reads(trace: kvtrace.Trace, args: argparse.Namespace) -> None:
+    """Refuse to write reads of what has none, or of several results into one file."""
+    from kvtrace_viewer.replay.amounts import parse_budgets
+    from kvtrace_viewer.replay.spec import parse_policy
+
+    policies = [parse_policy(text) for text in args.policy]
+    requests = args.request or trace.requests()
+    budgets = [one for text in args.budget for one in parse_budgets(text)]
+    counts = f"{len(policies)} policies, {len(budgets)} budgets and {len(requests)} requests"
+    if (len(policies), len(budgets), len(requests)) != (1, 1, 1):
+        raise InputError(
+            f"--reads writes what one policy reads at one budget in one request; {counts} were"
+            " given; give one of each (--request N)"
+        )
+    if not policies[0].selects:
+        raise InputError(
+            f"{args.policy[0]} does not choose what each query reads: all read what is held;"
+            " --reads is for quest, rocketkv and recent_n; use --kept for what is held"
+        )
 
 
 def _regrets(trace: kvtrace.Trace, results: list[Result]) -> dict[str, dict[str, Any]]:
@@ -191,81 +226,3 @@ def _write_kept(results: list[Result], path: Path) -> None:
             f"{path} cannot be written ({error.strerror}); --kept takes a file to write; "
             "choose another place"
         ) from error
-
-
-def _show(results: list[Result], args: argparse.Namespace) -> None:
-    out = console()
-    out.print(_table(results))
-    if len({result.when for result in results}) > 1:
-        out.print("rows with a different `when` are measured over different rows: compare within")
-    if any(result.retained_mass is None for result in results):
-        out.print("-: no row follows the first cut, so there is nothing to measure")
-    for note in dict.fromkeys(note for result in results for note in result.notes):
-        out.print(f"note: {note}", markup=False)
-    if any(r.bound is not None for r in results):
-        out.print(_bounds_explained(results))
-    sampled = next((r for r in results if 0 < r.output_rows < r.measured_rows), None)
-    if sampled:
-        out.print(f"output error over {sampled.output_rows} of {sampled.measured_rows} rows")
-    if not args.no_store:
-        out.print(f"look at them side by side: kvtrace view {args.trace}", markup=False)
-
-
-def _bounds_explained(results: list[Result]) -> str:
-    """Which policies have which bound, where they are not all under the same."""
-    names: dict[str | None, list[str]] = {}
-    for r in results:
-        names.setdefault(r.bound_scope, []).append(r.policy)
-    where = {
-        "head": "with the same budget in every KV head",
-        "layer": "with one budget for the heads of a layer",
-        "model": "with one budget for all heads of all layers",
-        None: "no bound",
-    }
-    # Where all are under the same, nobody has to be named.
-    said = [
-        text if len(names) == 1 else f"{text} ({', '.join(dict.fromkeys(names[scope]))})"
-        for scope, text in where.items()
-        if scope in names
-    ]
-    return "bound: the most that any policy can retain " + "; ".join(said)
-
-
-def _table(results: list[Result]) -> Table:
-    table = Table()
-    for name in ("policy", "budget", "when", "exactness"):
-        table.add_column(name)
-    numbers = ("retained mass", "p5", "hits", "misses", "evictions", "sinks kept", "output error")
-    oracles = {(r.budget, r.when): r for r in results if r.bound is not None}
-    more = [
-        name
-        for name, there in (("overlap", any(r.overlap for r in results)), ("bound", oracles))
-        if there
-    ]
-    for name in (*numbers, *more):
-        table.add_column(name, justify="right")
-    for r in results:
-        table.add_row(
-            r.policy,
-            r.budget,
-            r.when,
-            r.exactness,
-            _share(r.retained_mass),
-            _share(r.mass_p5),
-            f"{r.hits:,}",
-            f"{r.misses:,}",
-            f"{r.evictions:,}",
-            f"{r.retained_sinks}/{r.sinks}",
-            _share(r.output_error),
-            *(_share(r.overlap) if name == "overlap" else _bound(r, oracles) for name in more),
-        )
-    return table
-
-
-def _bound(result: Result, oracles: dict[tuple[str, str], Result]) -> str:
-    oracle = oracles.get((result.budget, result.when))
-    return _share(None if oracle is None else oracle.bound_of(result.bound_scope))
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

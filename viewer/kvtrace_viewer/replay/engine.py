@@ -48,6 +48,16 @@ class _RunState:
         self.cache = Cache(self.cuts, head.window, evicted_at[columns])
         self.state: Any = run.policy.start(head, self.cuts)
         self.first_row = int(self.cuts.rows[0]) + 1 if len(self.cuts.rows) else head.tokens
+        self.read_rows: list[Longs] = []
+        self.read_bits: list[NDArray[np.uint8]] = []
+
+    def keep_reads(self, rows: Longs, read: NDArray[np.bool_]) -> None:
+        """Keep what queries read, as `reads.Reads` has it: bits [budget, row, byte]."""
+        bits = np.zeros((*read.shape[:2], -(-self.cache.evicted_at.shape[1] // 8)), np.uint8)
+        packed = np.packbits(read, axis=2)
+        bits[:, :, : packed.shape[2]] = packed
+        self.read_rows.append(rows)
+        self.read_bits.append(bits)
 
     def select(self, block: Block) -> tuple[Longs, NDArray[np.bool_]]:
         """Rows of a block that are measured, and what they read: bool [budget, row, key]."""
@@ -127,7 +137,10 @@ class HeadReplay:
         self.measures.add(block, self.evicted_at)
         for run in self.runs:
             if run.policy.selects:
-                self.measures.add_read(block, run.columns, *run.select(block))
+                rows, read = run.select(block)
+                self.measures.add_read(block, run.columns, rows, read)
+                if self.options.keep_reads:
+                    run.keep_reads(rows, read)
 
     def advance(self, block: Block) -> None:
         """Decide, then measure, one block."""

@@ -50,12 +50,15 @@ class Measures:
     output_rows : int
         Output error is taken over all measured rows up to this many, else over every k-th,
         k = ceil(measured rows / output_rows).
+    keep_reads : bool
+        Also give what every query reads, of policies that choose it (`Result.reads`).
     """
 
     needed_share: float = 1.0
     sink_share: float = 0.1
     sink_distance: int = 64
     output_rows: int = 128
+    keep_reads: bool = False
 
 
 class HeadMeasures:

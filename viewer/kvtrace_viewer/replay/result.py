@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvtrace.errors import InputError
 from kvtrace.places import RowPlaces
 from kvtrace_viewer.replay.gaps import LeftOut
+from kvtrace_viewer.replay.reads import Reads
 
 Columns = Mapping[str, Any]
 """Equally long columns of a table of schema.sql."""
@@ -88,6 +89,10 @@ class Result:
     evicted_at : int32 [row, layer, kv_head]
         Position of the query after whose row a slot was evicted (or left the model's own
         sliding window); -1: never. -1 too for rows, layers and heads that were not replayed.
+    reads : dict of int to dict of int to Reads
+        By request and layer, what queries read that choose it; empty unless asked for.
+    selects : bool
+        Whether queries choose what they read: `evicted_at` is then of what is stored.
     steps, heads : columns of tables replay_steps and replay_heads
     """
 
@@ -120,6 +125,8 @@ class Result:
     notes: tuple[str, ...]
     places: RowPlaces = field(repr=False)
     evicted_at: NDArray[np.int32] = field(repr=False)
+    reads: dict[int, dict[int, Reads]] = field(repr=False)
+    selects: bool
     steps: Columns = field(repr=False)
     heads: Columns = field(repr=False)
     requests: dict[int, ReplayedRequest] = field(repr=False)
@@ -149,6 +156,7 @@ class Result:
             "output_rows",
             "ties",
             "bound_scope",
+            "selects",
         )
         found = {"id": self.id, **{name: getattr(self, name) for name in names}}
         if self.bound is not None or self.policy.partition(":")[0] == "oracle":

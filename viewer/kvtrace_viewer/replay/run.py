@@ -33,6 +33,7 @@ from kvtrace_viewer.replay.kernels import NEVER
 from kvtrace_viewer.replay.measure import Measures
 from kvtrace_viewer.replay.plugins import mistakes_explained
 from kvtrace_viewer.replay.policy import Policy
+from kvtrace_viewer.replay.reads import Reads, layer_reads
 from kvtrace_viewer.replay.replayable import check, layers_held, left_out
 from kvtrace_viewer.replay.rerotation import (
     RENUMBERED,
@@ -206,6 +207,7 @@ class _Work:
         shape = (self.places.rows, max(self.kv_heads) + 1, heads)
         self.evicted_at = np.full((len(self.pairs), *shape), -1, dtype=np.int32)
         self.moving = MovingBounds(len(self.pairs))
+        self.reads: list[dict[int, dict[int, Reads]]] = [{} for _ in self.pairs]
 
     def add(self, recorded: Request, pool: Executor, of: int) -> None:
         """Replay one request; `of` are the tokens of all."""
@@ -234,6 +236,8 @@ class _Work:
             for replayed in replays:
                 self._collect(replayed, rows, steps)
             self.moving.add(layer, replays)
+            for p, reads in layer_reads(replays).items():
+                self.reads[p].setdefault(request.request, {})[layer] = reads
             if self.ropes is not None:
                 rope = self.ropes[layer]
                 measured = pool.map(lambda r: measure_rerotated(r, rope), replays)  # noqa: B023
@@ -354,6 +358,8 @@ class _Work:
             left_out=tuple(self.left_out),
             notes=self._notes(pair),
             evicted_at=self.evicted_at[p],
+            reads=self.reads[p],
+            selects=pair.policy.selects,
             places=self.places,
             steps=self._steps(p),
             heads=self._heads(p),

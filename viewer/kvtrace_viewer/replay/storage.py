@@ -87,6 +87,7 @@ def _row(result: Result) -> dict[str, list[object]]:
         "bound_layer",
         "bound_model",
         "bound_scope",
+        "selects",
     )
     row = {name: [getattr(result, name)] for name in names}
     return {
