@@ -15,7 +15,8 @@ machine falls on both; printed are the median of the paired ratios and their qua
 
 Workloads: 128 tokens decoded after a prompt of 512, and a prompt of 2048 in one pass. Models: the
 bundled one, and a Llama of 8 layers and width 512 with random weights (its speed is a real
-one's); with --device cuda a Llama-8B-shaped one in bfloat16 at batch 1 and 32.
+one's); with --device cuda a Llama-8B-shaped one in bfloat16 at batch 1 and 32 (--batches), whose
+qkv take 384 KiB a token: 8 GB a decode and 26 GB a prefill at batch 32, in the temporary folder.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ from kvtrace_recorder import record
 from kvtrace_recorder.demo import load
 
 DETAILS = ("events", "summary", "qkv")
+#: Eager attention that is asked for would not fit beside a large batch.
+EAGER = ("output_attentions", "sinkvis")
+ARMS = ",".join((*DETAILS, "neighbour", *EAGER))
 PROMPT, NEW, LONG = 512, 128, 2048
 
 
@@ -138,7 +142,9 @@ def seconds(run: Callable[[], None]) -> float:
 def recording(model: Any, detail: str, result: Result, warm: Callable[[], None]) -> Iterator[None]:
     """A recording that has written a first run; how long it took to open and to close."""
     folder = Path(tempfile.mkdtemp())
-    recorder = record(model, folder / "a.kvtrace", detail=detail, on_full="wait", progress=False)
+    path = folder / "a.kvtrace"
+    # Without a limit: what is thinned would be measured as something else.
+    recorder = record(model, path, detail=detail, on_full="wait", max_bytes=None, progress=False)
     result.open_s.append(seconds(recorder.__enter__))
     warm()
     # The tokenizer is loaded for the first tokens, once a recording, in a thread of its own.
@@ -146,7 +152,7 @@ def recording(model: Any, detail: str, result: Result, warm: Callable[[], None])
         time.sleep(0.05)
     yield
     result.close_s.append(seconds(lambda: recorder.__exit__(None, None, None)))
-    trace = kvtrace.open(folder / "a.kvtrace")
+    trace = kvtrace.open(path)
     assert not recorder.gaps, recorder.gaps
     result.bytes_per_token = trace.bytes / trace.rows
     result.raw_bytes_per_token = raw_bytes(trace)
@@ -197,7 +203,8 @@ def measure(
     workloads: list[str],
     repeats: int,
 ) -> Iterator[Result]:
-    model, eager = make("sdpa"), make("eager")
+    model = make("sdpa")
+    eager = make("eager") if set(chosen) & set(EAGER) else None
     works: dict[str, Callable[..., None]] = {"decode": decode, "prefill": prefill}
     for workload in workloads:
         work = works[workload]
@@ -210,7 +217,8 @@ def measure(
                 prefill(given, batch, length=64)
 
         warm(model)
-        warm(eager)
+        if eager is not None:
+            warm(eager)
         for repeat in range(repeats):
             for result in results:
                 context, runner, options = arms(model, eager, result, warm)
@@ -265,14 +273,17 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--arms", default="events,summary,qkv,neighbour,output_attentions,sinkvis")
+    parser.add_argument("--arms", help=f"default: {ARMS}; with cuda {','.join(DETAILS)}")
+    parser.add_argument("--batches", default="1,32", help="of the model on cuda (default: 1,32)")
     parser.add_argument("--models", default="bundled,llama-8x512")
     parser.add_argument("--workloads", default="decode,prefill")
     parser.add_argument("--json", metavar="FILE", help="the numbers of every run")
     args = parser.parse_args()
     disable_progress_bar()
     torch.set_num_threads(1)
-    chosen = args.arms.split(",")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("this torch finds no CUDA device")
+    chosen = (args.arms or (ARMS if args.device == "cpu" else ",".join(DETAILS))).split(",")
     if "sinkvis" in chosen and not _has_sinkvis():
         print("without sinkvis: pip install sinkvis==1.0.2 to have it beside", file=sys.stderr)
         chosen.remove("sinkvis")
@@ -282,11 +293,14 @@ def main() -> None:
         if case[0] in args.models.split(",")
     ]
     if args.device == "cuda":
-        cases = [("llama-8b", llama_8b, batch) for batch in (1, 32)]
+        cases = [("llama-8b", llama_8b, int(batch)) for batch in args.batches.split(",")]
     results: list[Result] = []
     for name, make, batch in cases:
         results += measure(name, make, batch, chosen, args.workloads.split(","), args.repeats)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread")
+    machine = platform.processor() or platform.machine()
+    if args.device == "cuda":
+        machine += f", {torch.cuda.get_device_name()}"
+    print(f"{machine}, torch {torch.__version__}, one thread")
     show(results)
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) for r in results], indent=1))

@@ -1,7 +1,7 @@
 """Recording every Python process under `kvtrace record`, each into a rank of one trace.
 
 The program runs with a folder on PYTHONPATH whose sitecustomize calls `start`, in every Python
-process under it; those that import transformers and run a model are recorded. Every process that
+process under it; those that run a model are recorded. Every process that
 the program starts imports this module: it imports nothing heavy itself.
 """
 
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvtrace_recorder.first_call import FirstCall
 from kvtrace_recorder.imports import AfterImport
 from kvtrace_recorder.sigterm import end_on_sigterm
 
@@ -86,10 +87,20 @@ def check_command(name: str) -> None:
 
 
 def start() -> None:
-    """Wait for transformers in this process; called by the injected sitecustomize."""
+    """Wait for a model in this process; called by the injected sitecustomize."""
     text = os.environ.get(VARIABLE)
-    if text:
-        AfterImport("transformers.modeling_utils", lambda: _record(json.loads(text))).install()
+    if not text:
+        return
+
+    def begin() -> None:
+        called.remove()
+        imported.remove()
+        _record(json.loads(text))
+
+    called = FirstCall(begin)
+    imported = AfterImport("transformers.modeling_utils", begin)
+    called.install()
+    imported.install()
 
 
 def make_recording(options: Mapping[str, Any]) -> Recording:

@@ -205,6 +205,8 @@ class Pipeline:
         try:
             while (found := self._next()) is not None:
                 number, message, slabs = found
+                for slab in slabs:
+                    slab.settle()
                 self._send_texts(message)
                 self._writer.send(number, message, slabs)
         except OSError:

@@ -24,7 +24,7 @@ import kvtrace
 from kvtrace import Trace
 from kvtrace.cli import main
 from kvtrace_recorder import record
-from kvtrace_recorder.session import copies, run_rows
+from kvtrace_recorder.session import copies, off_device, run_rows
 from kvtrace_recorder.session.held_lse import held_lse
 from kvtrace_recorder.taps import keep
 from kvtrace_viewer.replay import replay
@@ -265,6 +265,8 @@ def test_log_sum_exps_from_the_device_are_those_of_the_writer(
             patch.setattr(keep, "is_off_host", lambda values: True)
             patch.setattr(copies, "is_off_host", lambda values: True)
             patch.setattr(run_rows, "is_off_host", lambda values: True)
+            # No streams: see test_recorder_off_device.py.
+            patch.setattr(off_device.OffDevice, "ran", lambda self, devices: None)
             # Counted, so that the writer's way cannot stand in.
             patch.setattr(copies, "held_lse", counted)
             device, _ = run(llama(), tmp_path / f"device{number}.kvtrace", **given)

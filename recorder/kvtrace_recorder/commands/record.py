@@ -1,8 +1,9 @@
-"""Record any program that runs a transformers model, unchanged.
+"""Record any program that runs a transformers model, or attends in plain PyTorch, unchanged.
 
 The program runs as if it had been started directly; every transformers model it runs is recorded
 from its first forward pass on, in whichever process under it: each process that runs a model gets
-a rank of the trace (torchrun's own number where there is one). What follows `--`:
+a rank of the trace (torchrun's own number where there is one). Where none runs, a model is whatever
+torch.nn.Module the program itself calls and in which something attends. What follows `--`:
 
   SCRIPT.py ARGS     a script, run in this process
   -m MODULE ARGS     a module, likewise

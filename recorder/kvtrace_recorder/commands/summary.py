@@ -24,7 +24,10 @@ def summary(path: Path, opened: Path | None = None) -> str:
     try:
         trace = kvtrace.open(opened or path)
     except TraceError:
-        return f"kvtrace: nothing was recorded: no transformers model ran ({path} was not made)"
+        return (
+            "kvtrace: nothing was recorded: no transformers model ran, and no other PyTorch module"
+            f" that was called attended ({path} was not made)"
+        )
     rows = trace.rows
     shown = f" by {len(trace.ranks)} processes" if len(trace.ranks) > 1 else ""
     if not rows and (events := _count(trace, "kv_events")):

@@ -42,6 +42,7 @@ class CacheChanges:
         if entry is not None:
             entry.settle()
             self._held.flush(entry)
+            self._held.settle()
 
     def after(self, cache: Any, method: str, event: str, value: Any) -> None:
         """Slots of a cache were dropped or moved."""

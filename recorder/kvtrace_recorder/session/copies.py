@@ -16,7 +16,7 @@ from kvtrace_recorder.session.requests import Bools
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.keep import (
     Sums,
-    as_array,
+    into_slab,
     is_off_host,
     norms,
     of_heads,
@@ -155,7 +155,22 @@ class LayerParts:
         sums = sum(room_for(x.nbytes) for some in self.sums if some for x in some.tensors)
         if self._is_summed_here(rows):
             sums += room_for(rows.queries * spec.num_q_heads * 4)
+        if self.sinks is not None and self._written:
+            sums += room_for(self.sinks.numel() * 4)
         return sums + sum(room_for(rooms[kind]) for kind in self._written)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the rows lie, other than the host."""
+        newest = (parts[-1].tensor for parts in self.parts.values())
+        return {tensor.device for tensor in newest if is_off_host(tensor)}
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that `copy` reads."""
+        found = [part.tensor for parts in self.parts.values() for part in parts]
+        found += [tensor for one in self.sums if one is not None for tensor in one.tensors]
+        return found if self.sinks is None else [*found, self.sinks]
 
     @property
     def _written(self) -> list[str]:
@@ -194,11 +209,17 @@ class LayerParts:
         sums = sums_to_host(self.sums, slab)
         if self._is_summed_here(rows) and (lse := self._lse(rows, dtype)) is not None:
             sums["lse"] = _copy(lse, slab, rows.queries, rows.keep_queries, torch.float32)[:, :, 0]
-        sinks = None if self.sinks is None else self.sinks.detach().float().cpu().numpy()
+        sinks = None if self.sinks is None else self._sinks_to_host(self.sinks, slab)
         if self.summed:
             sums["summed"] = self.summed
             sums["only_summed"] = sorted({"q", "k"} - self._kept(rows))
         return LayerRows(self.spec, **found, sinks=sinks, **sums)
+
+    def _sinks_to_host(self, sinks: torch.Tensor, slab: Slab) -> Any:
+        # Of a device by the slab, since reading them here would wait for the model.
+        if is_off_host(sinks):
+            return into_slab(sinks.detach(), slab)
+        return sinks.detach().float().numpy()
 
     def _kept(self, rows: RowChoice) -> frozenset[str]:
         return self.kinds if rows.queries else self.kinds - {"q"}
@@ -241,12 +262,7 @@ def _copy(
     ordered: torch.Tensor, slab: Slab, rows: int, keep: torch.Tensor | None, dtype: torch.dtype
 ) -> Any:
     heads, width = ordered.shape[2:]
-    memory = slab.take(rows * heads * width * dtype.itemsize)
-    if keep is None:
-        # One pass that orders, narrows and copies.
-        target = torch.from_numpy(memory).view(dtype).view(ordered.shape)
-        target.copy_(ordered)
-    else:
-        flat = ordered.reshape(-1, heads, width).index_select(0, keep.to(ordered.device))
-        torch.from_numpy(memory).view(dtype).view(flat.shape).copy_(flat)
-    return as_array(memory, dtype, (rows, heads, width))
+    if keep is not None:
+        at = keep.to(ordered.device, non_blocking=True)
+        ordered = ordered.reshape(-1, heads, width).index_select(0, at)
+    return into_slab(ordered, slab, dtype).reshape(rows, heads, width)

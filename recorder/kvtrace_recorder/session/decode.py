@@ -20,9 +20,11 @@ import torch
 from kvtrace_recorder.messages import CacheEvent, DecodeSteps, Sequenced, StepRecord
 from kvtrace_recorder.session.cache_sizes import growth_of, sizes_after
 from kvtrace_recorder.session.keeping import Keeper
+from kvtrace_recorder.session.off_device import Ran
 from kvtrace_recorder.session.run_rows import LayerRun, RunRows
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
 from kvtrace_recorder.taps.call import Call
+from kvtrace_recorder.taps.keep import is_off_host
 from kvtrace_recorder.taps.masks import CHECK_EVERY
 
 if TYPE_CHECKING:
@@ -131,6 +133,12 @@ class DecodeRun:
         #: Attention calls of the running step so far.
         self._calls = 0
         self._checks = False
+        given = (x for one in layers if one.taken for x in (one.taken.q, one.taken.k, one.taken.v))
+        #: Where the rows lie, other than the host; what the last step left there; and whether a
+        #: step runs there.
+        self.devices = {x.device for x in given if x is not None and is_off_host(x)}
+        self.ran: Ran | None = None
+        self.is_running = False
         #: Of the steps that are not sent yet; `durations` last, whose length is their number.
         self.started: list[int] = []
         self.tokens: list[int] = []
@@ -163,6 +171,8 @@ class DecodeRun:
             or not keeper.repeat(step.keeps, step.kept_bytes)
         ):
             return None
+        if self.devices:
+            self._held.starts(self)
         step.cache, step.past, step.tap_ns, step.is_sampled = cache, past, 0, None
         step.record.started_ns = time.time_ns()
         step.record.token_ids = [ids.item()]
@@ -212,6 +222,8 @@ class DecodeRun:
         entry.slots, state.last_token = slots, token
         entry.steps += 1
         state.tokens += 1
+        if self.devices:
+            self.ran, self.is_running = self._held.ran(self), False
         self.started.append(record.started_ns)
         self.tokens.append(token)
         self.durations.append(max(0, elapsed_ns - step.tap_ns))

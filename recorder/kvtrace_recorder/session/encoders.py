@@ -142,6 +142,8 @@ class Encoders:
             step, run.step = run.step, None
         if step is None:
             return
+        if run.thread != threading.get_ident():
+            self._held.synchronize()
         for taken in run.keys if read else ():
             if step.is_large and step.record.fault is None:
                 self._held.copy_now(step, taken)

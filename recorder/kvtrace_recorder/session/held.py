@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from kvtrace_recorder.messages import StepBatch
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.copies import LayerParts, RowChoice
 from kvtrace_recorder.session.decode import DecodeRun
+from kvtrace_recorder.session.off_device import Ran
 from kvtrace_recorder.session.requests import CacheEntry
 from kvtrace_recorder.session.sending import HeldParcel, RunParcel, Sender
 from kvtrace_recorder.session.step import ActiveStep, Hold, Taken
@@ -35,6 +35,11 @@ class Held:
         self.steps: list[ActiveStep] = []
         self.layers: dict[int, LayerParts] = {}
         self._first = first
+        #: Where the rows lie, other than the host, and what the last step left there.
+        self.devices: set[torch.device] = set()
+        self.ran: Ran | None = None
+        #: Whether a next step runs whose keys and values are held in place of theirs.
+        self.is_running = False
 
     def takes(self, step: ActiveStep) -> bool:
         """Whether the step's rows can stand in one copy with those held."""
@@ -63,6 +68,8 @@ class Held:
                 parts = LayerParts(taken.spec, taken.sinks, taken.kinds)
                 self.layers[number] = parts
             parts.add(taken, step.length)
+            if parts.steps == 1:
+                self.devices |= parts.devices
         step.taken = dict.fromkeys(step.taken)
 
     @property
@@ -120,6 +127,8 @@ class HeldSteps:
             if held is None:
                 held = self._held[key] = Held(step)
             held.add(step)
+            if held.devices:
+                held.ran, held.is_running = self._sender.off_device.ran(held.devices), False
             now_ns = step.record.started_ns + step.record.duration_ns
             if len(held.steps) == STEPS or now_ns - held.started_ns > HELD_NS:
                 self._flush(key)
@@ -154,8 +163,9 @@ class HeldSteps:
         with self.lock:
             held = self._held.get(id(step.entry))
             parts = None if held is None else held.layers.get(taken.spec.layer)
-            if parts is not None:
+            if held is not None and parts is not None:
                 parts.renew(taken)
+                held.is_running = bool(held.devices)
 
     def copy_now(self, step: ActiveStep, taken: Taken) -> None:
         """Copy one layer's rows of a large step."""
@@ -179,8 +189,12 @@ class HeldSteps:
 
     def _flush(self, key: int) -> None:
         with self.lock:
-            held, run = self._held.pop(key, None), self._runs.get(key)
+            held, run = self._held.get(key), self._runs.get(key)
+            if _is_anothers(held) or _is_anothers(run):
+                # That thread comes by when its step has ended.
+                return
             if held is not None:
+                del self._held[key]
                 self._sender.send(HeldParcel(held, self._sender.dtype))
             if run is None:
                 return
@@ -203,7 +217,31 @@ class HeldSteps:
         """Copy and send everything; no step will come."""
         with self.lock:
             self._sender.interrupted()
+            self.synchronize()
+            running: list[Held | DecodeRun] = [*self._held.values(), *self._runs.values()]
+            for one in running:
+                one.is_running = False
             self.flush_all()
+
+    def starts(self, run: DecodeRun) -> None:
+        """A step of a run begins whose keys and values, of a device, are held in place of others'.
+
+        Another thread knows nothing of how far that device is with them.
+        """
+        with self.lock:
+            run.is_running = True
+
+    def ran(self, run: DecodeRun) -> Ran:
+        """Such a step has ended."""
+        return self._sender.off_device.ran(run.devices)
+
+    def settle(self) -> None:
+        """What this thread lets a device write comes after what is read of it."""
+        self._sender.off_device.settle()
+
+    def synchronize(self) -> None:
+        """Wait for all that devices were given: what another thread held may then be read."""
+        self._sender.off_device.synchronize()
 
     def tick(self) -> None:
         """Copy and send what waits for a model that does not come; called from another thread."""
@@ -215,18 +253,14 @@ class HeldSteps:
                 if (started and started[0] < before) or run.cache() is None:
                     due.append(key)
             for key in due:
-                self._synchronize(key)
                 self._flush(key)
 
-    def _synchronize(self, key: int) -> None:
-        # The model's thread may compute on a stream of its own.
-        held, run = self._held.get(key), self._runs.get(key)
-        tensors: list[Any] = [] if run is None else [layer.keys for layer in run.layers]
-        for parts in () if held is None else held.layers.values():
-            tensors += [part.tensor for kind in parts.parts.values() for part in kind]
-        for device in {tensor.device for tensor in tensors if tensor is not None}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+
+def _is_anothers(held: Held | DecodeRun | None) -> bool:
+    """Whether keys and values of a step that another thread runs on a device are held."""
+    if held is None or not held.is_running:
+        return False
+    return held.ran is not None and held.ran.thread != threading.get_ident()
 
 
 def _key(step: ActiveStep) -> int:

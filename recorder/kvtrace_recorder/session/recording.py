@@ -15,6 +15,7 @@ from kvtrace.layout import DETAIL_ARRAYS, rank_directory
 from kvtrace.numbers import Numbers
 from kvtrace.writer import check_choice
 from kvtrace_recorder.distributed import environment_launch, environment_rank
+from kvtrace_recorder.first_call import FirstCall
 from kvtrace_recorder.imports import AfterImport
 from kvtrace_recorder.messages import Gap
 from kvtrace_recorder.pipeline import Pipeline
@@ -192,6 +193,7 @@ class Recording:
         self._session: Session | None = None
         self._patches: list[Restorable] = []
         self._waiting: AfterImport | None = None
+        self._called: FirstCall | None = None
 
     @property
     def rows(self) -> int:
@@ -319,6 +321,9 @@ class Recording:
             # The cache classes are imported before the models', so this is late enough.
             self._waiting = AfterImport("transformers.modeling_utils", self._install_taps)
             self._waiting.install()
+            if self._finds_plain and self._session is None:
+                self._called = FirstCall(self._import_taps)
+                self._called.install()
         except BaseException:
             self._remove_taps()
             if self._pipeline is not None:
@@ -381,7 +386,24 @@ class Recording:
         is_taken = rank is not None and (self.path / rank_directory(rank)).exists()
         return None if is_taken else rank
 
+    @property
+    def _finds_plain(self) -> bool:
+        """Whether models that are none of transformers' are looked for: of a launched program."""
+        return self._launch is not None and self._model is None
+
+    def _import_taps(self) -> None:
+        """A module is called, and nobody has imported transformers, which the taps need."""
+        try:
+            import transformers.modeling_utils  # noqa: F401
+        except Exception as error:  # noqa: BLE001 - the program does not need it
+            reason = f"{type(error).__name__}: {error}"
+            print(
+                f"kvtrace: not recorded: transformers cannot be imported: {reason}", file=sys.stderr
+            )
+
     def _install_taps(self) -> None:
+        if self._called is not None:
+            self._called.remove()
         try:
             from kvtrace_recorder import taps
             from kvtrace_recorder.session.session import Session
@@ -395,6 +417,7 @@ class Recording:
                 verify=self._verify,
                 strict=self._strict,
                 training=self._training,
+                finds_plain=self._finds_plain,
             )
             for patch in taps.patches(self._session):
                 self._patches.append(patch)
@@ -411,6 +434,8 @@ class Recording:
     def _remove_taps(self) -> None:
         if self._waiting is not None:
             self._waiting.remove()
+        if self._called is not None:
+            self._called.remove()
         for patch in reversed(self._patches):
             patch.restore()
         self._patches = []

@@ -16,7 +16,7 @@ from kvtrace_recorder.layer_rows import LayerRows, StackedRows
 from kvtrace_recorder.messages import DecodeSteps
 from kvtrace_recorder.session.copies import LayerParts, Part, RowChoice
 from kvtrace_recorder.session.step import Taken
-from kvtrace_recorder.taps.keep import as_array, is_off_host
+from kvtrace_recorder.taps.keep import into_slab, is_off_host
 from kvtrace_recorder.writer.slabs import Slab, room_for
 
 
@@ -76,12 +76,18 @@ class RunRows:
             layer.is_simple and layer.form == layers[0].form for layer in layers
         )
         self._choice = RowChoice.plain(steps, first + steps)
+        #: Of a device always, which computes log-sum-exps of each layer.
         self._parts = [] if self._alike else [self._parts_of(layer) for layer in layers]
 
     @property
     def empty(self) -> list[LayerRows]:
         """The layers, of which nothing is kept."""
         return [LayerRows(layer.taken.spec) for layer in self._layers]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that `copy` reads of a device."""
+        return [tensor for parts in self._parts for tensor in parts.tensors]
 
     @property
     def nbytes(self) -> int:
@@ -106,9 +112,7 @@ class RunRows:
         found: dict[str, Any] = {}
         for kind in sorted(self._layers[0].taken.kinds):
             whole = self._gathered(kind)
-            memory = slab.take(whole.numel() * self._dtype.itemsize)
-            torch.from_numpy(memory).view(self._dtype).view(whole.shape).copy_(whole)
-            found[kind] = as_array(memory, self._dtype, tuple(whole.shape))
+            found[kind] = into_slab(whole, slab, self._dtype)
         numbers = [layer.taken.spec.layer for layer in self._layers]
         message.stacked = StackedRows(numbers, **found)
 
@@ -126,7 +130,7 @@ class RunRows:
             layer.taken.spec, layer.taken.sinks, layer.taken.kinds, steps=self._steps
         )
         if layer.queries:
-            found.parts["q"] = [Part(torch.cat(layer.queries, dim=2), 0, self._steps)]
+            found.parts["q"] = [Part(query, 0, 1) for query in layer.queries]
         for kind, tensor in (("k", layer.keys), ("v", layer.values)):
             if tensor is not None:
                 found.parts[kind] = [Part(tensor, self._first, self._steps)]

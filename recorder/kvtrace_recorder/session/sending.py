@@ -17,6 +17,7 @@ from kvtrace_recorder.messages import DecodeSteps, StepBatch
 from kvtrace_recorder.pipeline import Pipeline
 from kvtrace_recorder.session.copies import LayerParts, RowChoice
 from kvtrace_recorder.session.decode import DecodeRun
+from kvtrace_recorder.session.off_device import OffDevice, Ran
 from kvtrace_recorder.session.step import ActiveStep
 from kvtrace_recorder.taps.guard import TapGuard
 from kvtrace_recorder.taps.keep import DTYPES
@@ -35,6 +36,18 @@ class Parcel(Protocol):
     @property
     def nbytes(self) -> int:
         """Room that their rows take in a slab; 0 where there are none."""
+
+    @property
+    def is_off_host(self) -> bool:
+        """Whether rows lie on a device."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that `copy` reads of a device."""
+
+    @property
+    def ran(self) -> Ran | None:
+        """What the last of the steps left on its devices; None where all lies on the host."""
 
     @property
     def lost(self) -> str | None:
@@ -63,6 +76,12 @@ class HeldParcel:
         self.nbytes = sum(parts.nbytes(rows, dtype) for parts in layers)
         if not self.nbytes:
             self.message.layers = [LayerRows(parts.spec) for parts in layers]
+        self.is_off_host, self.ran = bool(held.devices), held.ran
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """As `Parcel`."""
+        return [tensor for parts in self._held.layers.values() for tensor in parts.tensors]
 
     @property
     def lost(self) -> str | None:
@@ -89,8 +108,14 @@ class RunParcel:
         self._steps, self._rows = run.take(dtype)
         self.message: StepBatch | DecodeSteps = self._steps
         self.nbytes = self._rows.nbytes
+        self.is_off_host, self.ran = bool(run.devices), run.ran
         if not self.nbytes:
             self._steps.layers = self._rows.empty
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """As `Parcel`."""
+        return self._rows.tensors
 
     @property
     def lost(self) -> str | None:
@@ -128,6 +153,7 @@ class Sender:
         self._open_pipeline = open_pipeline
         self.dtype = DTYPES[dtype]
         self._guard = guard
+        self.off_device = OffDevice()
         #: What is being sent.
         self._parcel: Parcel | None = None
 
@@ -190,7 +216,11 @@ class Sender:
             self._pipeline.dropped_tokens += refuse([step], self.refusal)
             return
         step.slabs.append(slab)
-        step.layers.append(parts.copy(slab, rows, self.dtype))
+        if parts.devices:
+            with self.off_device.gathering(slab, parts.tensors, None):
+                step.layers.append(parts.copy(slab, rows, self.dtype))
+        else:
+            step.layers.append(parts.copy(slab, rows, self.dtype))
 
     @property
     def refusal(self) -> str:
@@ -202,7 +232,11 @@ class Sender:
         if slab is None:
             return None
         try:
-            parcel.copy(slab)
+            if parcel.is_off_host:
+                with self.off_device.gathering(slab, parcel.tensors, parcel.ran):
+                    parcel.copy(slab)
+            else:
+                parcel.copy(slab)
         except BaseException:
             # Else the room would be missing for good, and who waits for it would wait for ever.
             self._pipeline.give_back([slab])

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.modeling_utils import PreTrainedModel
 
 from kvtrace.errors import KvtraceError
 from kvtrace_recorder.messages import Gap, Message, StepRecord
@@ -24,11 +25,13 @@ from kvtrace_recorder.session.changes import CacheChanges
 from kvtrace_recorder.session.continuous import ContinuousBatches, is_paged
 from kvtrace_recorder.session.decode import RunLayer, begin_run
 from kvtrace_recorder.session.encoders import Encoders
+from kvtrace_recorder.session.found import FoundModels
 from kvtrace_recorder.session.halves import ENCODER, Halves
 from kvtrace_recorder.session.held import HeldSteps
 from kvtrace_recorder.session.inputs import StepInputs, read_inputs
 from kvtrace_recorder.session.keeping import Keeper
 from kvtrace_recorder.session.models import ModelState, has_transformers
+from kvtrace_recorder.session.off_device import is_capturing
 from kvtrace_recorder.session.plain import begin_unshaped, shape_step
 from kvtrace_recorder.session.requests import Bools, CacheEntry, RequestBook
 from kvtrace_recorder.session.samples import OutputSamples
@@ -39,6 +42,8 @@ from kvtrace_recorder.taps.call import Call, parse_call
 from kvtrace_recorder.taps.guard import TapGuard, UnrecordableError
 from kvtrace_recorder.taps.masks import token_mask
 from kvtrace_recorder.taps.operands import take_rows
+
+CAPTURED = "a CUDA graph was made of the model: its replays run no Python, and so no tap"
 
 #: Whether a model runs around a call, its step, and that where attention calls are wanted.
 Around = tuple[bool, ActiveStep | None, ActiveStep | None]
@@ -84,6 +89,9 @@ class Session:
         Let the taps' errors through.
     training : Training
         Says which passes are recorded while a model is trained.
+    finds_plain : bool
+        Where no model is named: record those that are none of transformers', too. Such a model is
+        whatever module a program calls outside all others, and in which something attends.
     """
 
     def __init__(
@@ -97,6 +105,7 @@ class Session:
         verify: bool,
         strict: bool,
         training: Training,
+        finds_plain: bool = False,
     ) -> None:
         self.training = training
         self.guard = TapGuard(strict=strict, report=self._report)
@@ -105,6 +114,7 @@ class Session:
         self.is_running = True
         #: The model to record where it is none of transformers' and contains none.
         self.plain = None if model is None or has_transformers(model) else model
+        self.found = FoundModels(self._put) if finds_plain else None
         self._wanted = None if model is None else {id(module) for module in model.modules()}
         self._open_pipeline = open_pipeline
         self.samples = OutputSamples(self._put) if verify else None
@@ -175,15 +185,21 @@ class Session:
         """Whether a call of this model begins a step."""
         if self.plain is not None:
             return module is self.plain
+        if self.found is not None and not isinstance(module, PreTrainedModel):
+            return self.found.may_attend(module)
         return self._wanted is None or id(module) in self._wanted
 
     def begin(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> ActiveStep | None:
         """A model is about to run; None where it is none that can be recorded."""
+        if is_capturing() and not is_paged(kwargs):
+            self.note_once(CAPTURED)
+            return None
         step = self._next_of_run(module, args, kwargs)
         if step is not None:
             return step
+        self.settle()
         if not self.is_inside_call:
             self.training.begin_pass(module)
         if not self.training.is_taken:
@@ -197,6 +213,8 @@ class Session:
         if half is not None and half.kind == ENCODER:
             self._encoders.make_room()
         model = self.model_state(module if half is None else half.model)
+        if self.found is not None and not model.is_plain:
+            self.found.give_up()
         if is_paged(kwargs):
             return self._begin_batch(model, kwargs)
         if model.is_plain:
@@ -264,6 +282,8 @@ class Session:
                 self._held.ended(run, step.record.started_ns + elapsed_ns)
                 return
             run.hand_over()
+        if self.found is not None and not self.found.attended(step):
+            return
         record, entry = step.record, step.entry
         record.duration_ns = max(0, elapsed_ns - step.tap_ns)
         cache = step.cache if step.cache is not None else find_cache(output)
@@ -294,6 +314,8 @@ class Session:
             return
         if step.run is not None:
             step.run.hand_over()
+        if self.found is not None and not self.found.attended(step):
+            return
         step.record.fault = step.record.fault or "the forward pass raised"
         self._encoders.release(step.entry.encoder, read=False)
         self._submit(step)
@@ -301,6 +323,10 @@ class Session:
     def flush_held(self) -> None:
         """Send the steps that wait to be copied with their like."""
         self._held.flush_all()
+
+    def settle(self) -> None:
+        """What this thread lets a device write from here on comes after what is read of it."""
+        self._held.settle()
 
     def tick(self) -> None:
         """Send what has waited long enough; called now and then from another thread."""
@@ -452,7 +478,8 @@ class Session:
         if found is None:
             found = self._models[module] = ModelState(next(self._keys), module)
             wo = None if found.is_plain else self.keeper.output_projections(module)
-            self._pipeline.put(replace(found.info, wo=wo))
+            if self.found is None or not found.is_plain:
+                self._pipeline.put(replace(found.info, wo=wo))
             problem = self.keeper.unknown_layers(found.info.columns)
             # The configuration of an encoder-decoder counts the layers of one half.
             if problem and not found.has_halves:

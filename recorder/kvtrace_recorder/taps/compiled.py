@@ -109,6 +109,7 @@ def _take(session: Session, step: ActiveStep, call: Call, layer: int) -> None:
     if taken is not None:
         # Compiled code uses its memory again as soon as the operator has returned.
         taken.own(step.length)
+    session.settle()
 
 
 def announce(

@@ -53,20 +53,28 @@ def sums_to_host(sums: Sequence[Sums | None], slab: Slab) -> dict[str, Any]:
     """Fields `lse` and `received` of `LayerRows` over some steps, copied into a slab."""
     found = [one for one in sums if one is not None]
     received = [
-        Received(request, first, _into(values, slab))
+        Received(request, first, into_slab(values, slab))
         for one in found
         for request, first, values in one.received
     ]
     lses = [one.lse for one in found if one.lse is not None]
     # Of all steps or of none: the writer needs the keys of every step to go on with it.
     whole = len(lses) == len(sums) and bool(lses)
-    return {"lse": _into(torch.cat(lses), slab) if whole else None, "received": received}
+    return {"lse": into_slab(torch.cat(lses), slab) if whole else None, "received": received}
 
 
-def _into(values: torch.Tensor, slab: Slab) -> NDArray[np.float32]:
-    memory = slab.take(values.nbytes)
-    torch.from_numpy(memory).view(torch.float32).view(values.shape).copy_(values)
-    return as_array(memory, torch.float32, tuple(values.shape))
+def into_slab(values: torch.Tensor, slab: Slab, dtype: torch.dtype = torch.float32) -> NDArray[Any]:
+    """Copy a tensor into a slab, as numbers of one of `DTYPES`: in order, narrowed, in one pass.
+
+    From a device they may still be on their way: see `Slab.settle`.
+    """
+    memory = slab.take(values.numel() * dtype.itemsize)
+    target = torch.from_numpy(memory).view(dtype).view(values.shape)
+    if slab.arrival is None:
+        target.copy_(values)
+    else:
+        slab.arrival.add(target, values)
+    return as_array(memory, dtype, tuple(values.shape))
 
 
 def as_array(memory: NDArray[np.uint8], dtype: torch.dtype, shape: tuple[int, ...]) -> NDArray[Any]:
@@ -130,7 +138,7 @@ def of_heads(values: torch.Tensor, spec: LayerSpec, *, queries: bool) -> torch.T
         return values
     group = spec.num_q_heads // spec.num_kv_heads
     heads = q_heads(spec.kv_heads, group if queries else 1)
-    return values.index_select(1, torch.tensor(heads, device=values.device))
+    return values.index_select(1, torch.tensor(heads).to(values.device, non_blocking=True))
 
 
 def plan_step(step: ActiveStep, keeper: Keeper, spec: LayerSpec) -> Plan:
@@ -323,4 +331,4 @@ def _rows_of(
     one = values[0 if step.is_packed else sequence.batch_index].detach()
     if isinstance(slots, slice):
         return one[:, slots]
-    return one.index_select(1, torch.from_numpy(slots).to(one.device))
+    return one.index_select(1, torch.from_numpy(slots).to(one.device, non_blocking=True))

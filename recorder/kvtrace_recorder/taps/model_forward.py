@@ -44,7 +44,28 @@ def patches(session: Session) -> list[Patch]:
         Patch(owner, "__call__", make),
         Patch(OptimizedModule, "__call__", _compiled_maker(session)),
         Patch(PreTrainedModel, "get_compiled_call", _generation_maker(session)),
+        # Last: transformers' models have their own, which does not go by this one.
+        *_found_patches(session),
     ]
+
+
+def _found_patches(session: Session) -> list[Patch]:
+    """Of programs that name no model: the calls of all modules, until one shows what to record."""
+    if session.found is None:
+        return []
+    local = session.local
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or local.inside or not _begins(session, self):
+                return original(self, *args, **kwargs)
+            return _observed(session, original, self, args, kwargs)
+
+        return call
+
+    session.found.patch = Patch(torch.nn.Module, "__call__", make)
+    return [session.found.patch]
 
 
 def _compiled_maker(session: Session) -> Any:

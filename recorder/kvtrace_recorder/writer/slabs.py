@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,16 @@ LARGE = 32 << 20
 KEPT_BYTES = 32 << 20
 #: Arrays begin at multiples of this: a cache line.
 ALIGN = 64
+
+
+class Arriving(Protocol):
+    """Rows that are still on their way into a slab."""
+
+    def add(self, target: Any, values: Any) -> None:
+        """Let some values arrive in a piece of the slab."""
+
+    def finish(self) -> None:
+        """Wait until they are there."""
 
 
 @dataclass(eq=False)
@@ -41,6 +52,8 @@ class Slab:
         Bytes that arrays stand in.
     charged : int
         Bytes that count against the queue while it is in use.
+    arrival : Arriving or None
+        What is on its way into it from a device.
     """
 
     number: int
@@ -48,6 +61,7 @@ class Slab:
     memory: mmap.mmap
     used: int = 0
     charged: int = 0
+    arrival: Arriving | None = None
     address: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,6 +71,12 @@ class Slab:
     def size(self) -> int:
         """Bytes of the slab."""
         return len(self.memory)
+
+    def settle(self) -> None:
+        """Wait until all that is on its way into it is there."""
+        if self.arrival is not None:
+            self.arrival.finish()
+            self.arrival = None
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
         """The next bytes of the slab, aligned."""
@@ -93,7 +113,7 @@ class SlabPool:
             if self._free.get(size):
                 self._free_bytes -= size
                 slab = self._free[size].pop()
-                slab.used = 0
+                slab.used, slab.arrival = 0, None
                 return slab
             self._made += 1
             number = self._made
