@@ -140,7 +140,7 @@ def _build(trace: Path, limits: dict[str, Any]) -> None:
         connection.execute(tables.ddl())
         for name, files in State(trace).segments().items():
             if files:
-                connection.execute(f"insert into {name} by name {_scan(files)}")
+                connection.execute(f"insert into {name} by name {scan(name, files)}")
         connection.execute(tables.derived_ddl())
         with derived_parts.held(trace):
             for name, select in (derived.scans(trace, State(trace).commits) or {}).items():
@@ -203,7 +203,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, trace: Path, state: Stat
     """
     for name, files in state.segments().items():
         if files:
-            connection.execute(f"create view {name} as {_scan(files)}")
+            connection.execute(f"create view {name} as {scan(name, files)}")
         else:
             connection.execute(_create_empty(name))
     connection.execute(tables.derived_ddl())
@@ -213,9 +213,20 @@ def create_views(connection: duckdb.DuckDBPyConnection, trace: Path, state: Stat
     connection.execute(tables.views())
 
 
-def _scan(files: Iterable[Path]) -> str:
+def scan(table: str, files: Iterable[Path]) -> str:
+    """SELECT of a table's segments, with the columns of schema.sql.
+
+    Those of an older version lack some, which are null, and a newer one's further ones are left
+    out.
+    """
     names = ", ".join("'" + str(path.resolve()).replace("'", "''") + "'" for path in files)
-    return f"select * from read_parquet([{names}], union_by_name=true, hive_partitioning=false)"
+    known = [column for column in tables.columns() if column.table == table]
+    empty = ", ".join(f"null::{column.type} as {column.name}" for column in known)
+    return (
+        f"select {', '.join(column.name for column in known)} from ("
+        f"select {empty} where false union all by name"
+        f" select * from read_parquet([{names}], union_by_name=true, hive_partitioning=false))"
+    )
 
 
 def _create_empty(name: str) -> str:

@@ -93,6 +93,11 @@ def _run(
                 f"the query needs more than {memory_limit} of memory; narrow it,"
                 " or raise --memory-limit"
             ) from error
+        except duckdb.PermissionException as error:
+            raise QueryError(
+                f"{_one_line(error)}; a query reads its trace and nothing else; take what it finds"
+                " out with --format and --out, and join it there"
+            ) from error
         except (duckdb.Error, UnicodeEncodeError) as error:
             raise QueryError(_one_line(error)) from error
         finally:
@@ -165,7 +170,10 @@ def _connect(
     try:
         connection = duckdb.connect(config=settings)
     except duckdb.Error as error:
-        raise QueryError(_one_line(error)) from error
+        raise QueryError(
+            f"the memory limit {memory_limit!r} was given ({_one_line(error)}); a size was"
+            " expected; write 512MB or 4GB"
+        ) from error
     with connection:
         connection.execute(database.QUIET)
         if not (trace.closed and _attach(connection, trace.path)):
@@ -201,10 +209,13 @@ def _check_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     except (duckdb.Error, UnicodeEncodeError) as error:
         raise QueryError(_one_line(error)) from error
     if len(statements) != 1:
-        raise QueryError(f"{len(statements)} statements were given; one was expected")
+        raise QueryError(
+            f"{len(statements) or 'no'} statements were given; one was expected; give it in quotes"
+        )
     if statements[0].type not in _READING:
         kind = statements[0].type.name
-        raise QueryError(f"a {kind} statement was found; a trace is read-only; use SELECT")
+        article = "an" if kind[0] in "AEIOU" else "a"
+        raise QueryError(f"{article} {kind} statement was found; a trace is read-only; use SELECT")
 
 
 def _one_line(error: Exception) -> str:

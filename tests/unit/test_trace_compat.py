@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import kvtrace
-from kvtrace import TraceError
+from kvtrace import TraceError, database
+from kvtrace.check import check
 from kvtrace.checksums import FileSum, crc32c, document_sum
 from kvtrace.journal import decode_line, encode_line
 from kvtrace.segments import encode_segment
@@ -46,6 +49,29 @@ def test_what_a_newer_minor_version_adds_is_ignored(synthetic_trace: SyntheticTr
     found = kvtrace.open(trace.path)
     assert found.table("tokens")["position"].to_pylist()[-1] == 99
     assert (found.attention(0, 0) == want).all()
+    assert found.sql("select max(position) as n from tokens").to_pylist() == [{"n": 99}]
+    # It was made up: what is said of it is that, and not that it cannot be read.
+    assert {one.path for one in check(trace.path).problems} <= {"rank-00000"}
+
+
+def test_what_an_older_version_did_not_write_is_null(synthetic_trace: SyntheticTrace) -> None:
+    # Views name columns that older segments lack: while nothing was built, no query ran at all.
+    trace = synthetic_trace()
+    store = trace.store(0)
+    names = {}
+    for path in store.segments("steps"):
+        data = encode_segment(pq.read_table(path).drop_columns(["duration_ns"]))
+        path.write_bytes(data)
+        names[str(path.relative_to(store.directory))] = FileSum(len(data), crc32c(data))
+    with (store.directory / "journal").open("ab") as journal:
+        line = {"rows": store.rows, "segments": {}, "closed": True, "complete": True}
+        journal.write(encode_line({**line, "files": names}))
+    asked = "select distinct duration_ms from request_timeline"
+    assert kvtrace.open(trace.path).sql(asked).to_pylist() == [{"duration_ms": None}]
+    with duckdb.connect() as connection:
+        database.create_views(connection, trace.path, database.State(trace.path))
+        assert connection.execute(asked).fetchall() == [(None,)]
+    assert not check(trace.path).problems
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,6 @@ def check_database(trace: Path) -> str | None:
 
 
 def _compare(connection: duckdb.DuckDBPyConnection, table: str) -> str | None:
-    # Segments of an older minor version may lack columns; the view then has fewer.
     found = connection.execute(f"describe memory.segments.{table}").fetchall()
     columns = ", ".join(row[0] for row in found)
     built, segments = (

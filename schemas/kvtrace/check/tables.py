@@ -10,7 +10,7 @@ import duckdb
 
 from kvtrace import tables
 from kvtrace.array_reader import open_array
-from kvtrace.database import QUIET
+from kvtrace.database import QUIET, scan
 from kvtrace.errors import TraceError
 from kvtrace.journal import JournalState
 from kvtrace.layout import ARRAYS
@@ -58,12 +58,8 @@ def check_tables(directory: Path, state: JournalState) -> Iterator[tuple[str, st
         connection.execute(tables.ddl())
         for table, names in state.segments.items():
             if table in tables.arrow_schemas() and names:
-                files = [str(directory / name) for name in names]
-                connection.execute(
-                    f"insert into {table} by name select * from"
-                    " read_parquet(?, union_by_name=true, hive_partitioning=false)",
-                    [files],
-                )
+                rows = scan(table, [directory / name for name in names])
+                connection.execute(f"insert into {table} by name {rows}")
         yield from _check_keys(connection)
         yield from _check_foreign_keys(connection)
         yield from _check_rows(connection, state.rows)
