@@ -210,7 +210,7 @@ def _check_reading(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         raise QueryError(_one_line(error)) from error
     if len(statements) != 1:
         raise QueryError(
-            f"{len(statements) or 'no'} statements were given; one was expected; give it in quotes"
+            f"{len(statements)} statements were given; one was expected; give it in quotes"
         )
     if statements[0].type not in _READING:
         kind = statements[0].type.name

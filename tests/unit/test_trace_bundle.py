@@ -191,3 +191,15 @@ def test_what_cannot_be_packed(trace: kvtrace.Trace, tmp_path: Path) -> None:
         with pytest.raises(TraceError, match="is being recorded"):
             write_bundle(kvtrace.open(writer.path), tmp_path / "z.zip")
     assert not (tmp_path / "y.zip").exists()
+
+
+def test_names_that_are_not_given(
+    trace: kvtrace.Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["bundle", str(trace.path)]) == 0
+    assert main(["bundle", f"{trace.name}.zip"]) == 0
+    assert kvtrace.open(f"{trace.name}.kvtrace").rows == trace.rows
+    # Nothing is replaced unasked.
+    assert main(["bundle", f"{trace.name}.zip"]) == 1

@@ -21,14 +21,26 @@ from kvtrace.errors import InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("source", type=Path, metavar="T|X.zip", help="a trace, or a bundle")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, metavar="X.zip", help="put the trace into this file")
-    what.add_argument("--extract", type=Path, metavar="T", help="take it out into this new folder")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--out",
+        type=Path,
+        metavar="X.zip",
+        help="put the trace into this file (default: its name, here)",
+    )
+    what.add_argument(
+        "--extract",
+        type=Path,
+        metavar="T",
+        help="take a bundle out into this new folder (default: its name, here)",
+    )
     parser.add_argument("--force", action="store_true", help="replace what is there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Pack or unpack."""
+    if args.extract is None and args.out is None and args.source.is_file():
+        args.extract = Path(f"{args.source.stem}.kvtrace")
     if args.extract is not None:
         return _extract(args.source, args.extract, force=args.force)
     if args.source.is_file():
@@ -37,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
             " to take a bundle out, give --extract"
         )
     trace = kvtrace.open(args.source)
+    out = args.out or Path(f"{trace.name}.zip")
     with progress("packing") as tell:
-        files = write_bundle(trace, args.out, force=args.force, progress=tell)
-    size = human_bytes(args.out.stat().st_size)
+        files = write_bundle(trace, out, force=args.force, progress=tell)
     console().print(
-        f"{args.out}: {files} files, {size}; elsewhere: kvtrace bundle {args.out} --extract"
-        f" {args.source.name}",
+        f"{out}: {files} files, {human_bytes(out.stat().st_size)}; elsewhere: kvtrace bundle {out}"
+        f" --extract {trace.name}.kvtrace",
         markup=False,
     )
     return 0
