@@ -122,6 +122,19 @@ def test_one_kind_of_place_can_be_asked_for(
     assert ("KV head 0" in capsys.readouterr().out) == (by == "head")
 
 
+def test_what_is_chosen_per_query_is_read_and_saves_no_memory(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(synthetic_trace(steps=DECODED).path)
+    args = ["size", path, "--policy", "quest", "--lose", "50%", "--budget", "50%..100%/50%"]
+    assert main([*args, "--when", "step"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Read by a query, of what stays stored of the KV cache" in out
+    assert "saved" not in out
+    assert main([*args, "--when", "step", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes_are"] == "read"
+
+
 def test_what_cannot_be_sized_is_refused(
     synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from kvtrace_viewer.replay import Policy, parameter
 """
 Write = Callable[[str], str]
+SCORES = "class Mine(Policy):\n    def scores(self, block, cuts, state):\n        return {}"
 
 
 @pytest.fixture
@@ -70,6 +71,14 @@ def test_the_example_is_fifteen_lines_and_replays(synthetic_trace: SyntheticTrac
             "@dataclass(frozen=True, kw_only=True)\nclass Mine(Policy):\n    x: int",
             "line 4: Mine has no default for x",
         ),
+        (
+            "class Mine(Policy):\n    def scores(self, block):\n        return block",
+            r"line 5: Mine.scores\(self, block\) cannot be called .*\(self, block, cuts, state\)",
+        ),
+        (
+            SCORES.format("block") + "\n    def start(self):\n        return 3",
+            r"line 7: Mine.start\(self\) cannot be called .* start\(self, head, cuts\)",
+        ),
     ],
 )
 def test_a_file_with_a_mistake_gives_line_and_reason(write: Write, source: str, said: str) -> None:
@@ -78,9 +87,6 @@ def test_a_file_with_a_mistake_gives_line_and_reason(write: Write, source: str, 
         parse_policy(f"{path}:Mine")
     assert "\n" not in str(raised.value)
     assert path in str(raised.value)
-
-
-SCORES = "class Mine(Policy):\n    def scores(self, block, cuts, state):\n        return {}"
 
 
 @pytest.mark.parametrize(

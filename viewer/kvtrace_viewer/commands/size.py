@@ -111,6 +111,7 @@ def _document(
 ) -> dict[str, Any]:
     from kvtrace_viewer.replay.amounts import parse_budget
     from kvtrace_viewer.replay.sizing import bytes_held, total_bytes
+    from kvtrace_viewer.replay.spec import parse_policy
 
     def held_by(kind: str) -> dict[Place, tuple[int, int]]:
         def budget_of(place: Place) -> Any:
@@ -134,6 +135,7 @@ def _document(
         "when": found.when,
         "context": context,
         "batch": args.batch,
+        "bytes_are": "read" if parse_policy(args.policy).selects else "held",
         "model": row("all", (None, None)),
     }
     if args.by != "head":
@@ -165,7 +167,9 @@ def _row(point: Point | None) -> dict[str, Any]:
 def _show(document: dict[str, Any], found: Sizing) -> None:
     out = console()
     table = Table()
-    for name in ("budget", "for", "lost", "of it capacity", "of it the policy", "bytes saved"):
+    reads = document["bytes_are"] == "read"
+    saved = "not read" if reads else "saved"
+    for name in ("budget", "for", "lost", "of it capacity", "of it the policy", f"bytes {saved}"):
         table.add_column(name, justify="left" if name == "for" else "right")
     table.add_row(*_cells(document["model"], "the whole model"))
     layers, heads = document.get("layers", []), document.get("heads", [])
@@ -181,13 +185,15 @@ def _show(document: dict[str, Any], found: Sizing) -> None:
     out.print(table)
     if any(row["budget"] is None for row in (document["model"], *layers, *heads)):
         out.print("-: no budget that was tried loses so little")
-    out.print(f"KV cache of {document['batch']} x {document['context']:,} tokens:", markup=False)
+    what = "Read by a query, of what stays stored of the " if reads else ""
+    cache = f"{what}KV cache of {document['batch']} x {document['context']:,} tokens:"
+    out.print(cache, markup=False)
     names = {"all": "one budget for all", "layer": "one a layer", "head": "one a KV head"}
     for kind, name in names.items():
         one = document["bytes"][kind]
         share = one["saved"] / one["full"] if one["full"] else 0.0
         out.print(
-            f"  {name}: {one['kept']:,} of {one['full']:,} bytes, {one['saved']:,} saved"
+            f"  {name}: {one['kept']:,} of {one['full']:,} bytes, {one['saved']:,} {saved}"
             f" ({share:.1%})",
             markup=False,
         )

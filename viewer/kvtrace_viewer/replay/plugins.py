@@ -7,6 +7,7 @@ A package brings its own through the entry-point group `kvtrace.policies`, a nam
 
 from __future__ import annotations
 
+import inspect
 import logging
 from contextlib import AbstractContextManager
 from importlib.metadata import EntryPoint, entry_points
@@ -138,6 +139,25 @@ def _usable(found: object, place: str, name: str) -> type[Policy]:
             f"{class_line(kind, place)} has no scoring method; one of {', '.join(methods)} was"
             " expected; define scores(self, block, cuts, state)"
         )
+    _check_signatures(kind, place)
     if not kind.name:
         kind.name = name or kind.__name__.lower()
     return kind
+
+
+def _check_signatures(kind: type[Policy], place: str) -> None:
+    """Refuse methods that the engine could not call."""
+    for name, expected in vars(Policy).items():
+        own = getattr(kind, name)
+        if name.startswith("_") or not inspect.isfunction(expected) or own is expected:
+            continue
+        wanted = inspect.signature(expected)
+        try:
+            inspect.signature(own).bind(*wanted.parameters)
+        except TypeError as error:
+            line = own.__code__.co_firstlineno if inspect.isfunction(own) else 0
+            raise InputError(
+                f"{place} line {line}: {kind.__name__}.{name}{inspect.signature(own)} cannot be"
+                f" called as the engine does ({error}); expected {name}"
+                f"({', '.join(wanted.parameters)}); mend that line"
+            ) from error
