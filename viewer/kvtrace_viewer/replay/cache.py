@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,11 +91,9 @@ class Cache:
         scores : float32 or float64 [cut, key] or [budget, cut, key]
             Higher = kept. One matrix for all budgets, or one each.
         """
-        matrices = [scores] if scores.ndim == 2 else scores
-        of_budget = np.zeros(len(self.counts), np.int64)
-        if len(matrices) > 1:
-            of_budget = np.arange(len(matrices))
-        self.cut_by(cuts, matrices, of_budget)
+        matrices = scores if scores.ndim == 3 else scores[None]
+        budgets = len(self.counts)
+        self._cut(cuts, matrices, np.arange(budgets) if len(matrices) > 1 else np.zeros(budgets))
 
     def cut_by(self, cuts: Cuts, matrices: Iterable[Scores], of_budget: Longs) -> None:
         """Cut as `cut` does, where some budgets share a matrix of scores.
@@ -106,20 +105,21 @@ class Cache:
         of_budget : int64 [budget]
             Number of the matrix that each budget has.
         """
+        joined = self.joined
+        for number, scores in enumerate(matrices):
+            self.joined = joined
+            self._cut(cuts, scores[None], np.where(of_budget == number, 0, -1))
+
+    def _cut(self, cuts: Cuts, scores: Scores, of_budget: NDArray[Any]) -> None:
         if not len(cuts.rows):
             return
-        for number, scores in enumerate(matrices):
-            self._cut(cuts, scores, np.flatnonzero(of_budget == number))
-        self.joined = int(cuts.rows[-1]) + 1
-
-    def _cut(self, cuts: Cuts, scores: Scores, budgets: Longs) -> None:
         # Writable whatever it was: numba compiles once more for arrays that are not.
         scores = np.require(scores, None, ["C", "W"])
         is_short = scores.dtype == np.float32
         bits: Bits = scores.view(np.int32) if is_short else scores.view(np.int64)
         cut_lowest(
             bits,
-            budgets,
+            of_budget.astype(np.int64),
             cuts.rows,
             cuts.limits,
             cuts.sinks,
@@ -134,6 +134,7 @@ class Cache:
             np.iinfo(bits.dtype).min,
             np.empty(cuts.rows[-1] + 1, np.int32),
         )
+        self.joined = int(cuts.rows[-1]) + 1
 
     def cut_oldest(self, cuts: Cuts) -> None:
         """Evict the oldest unprotected tokens at each of `cuts`."""

@@ -42,7 +42,7 @@ def upper_keys(bits: Bits, least: int, shift: int, keys: Ints) -> None:
 @jit
 def cut_lowest(
     scores: Bits,
-    budgets: Longs,
+    of_budget: Longs,
     rows: Longs,
     limits: Longs,
     sinks: Longs,
@@ -64,8 +64,8 @@ def cut_lowest(
 
     Parameters
     ----------
-    scores : [cut, key], the bits of floats, none of them NaN
-    budgets : int64, which
+    scores : [matrix, cut, key], the bits of floats, none of them NaN
+    of_budget : int64 [budget], the matrix each budget is cut by; -1: by none of them
     rows : int64 [cut]; limits, sinks, recent : int64 [cut, budget]
     window : keys the model itself can see, 0 for all
     joined : tokens in the cache so far (positions 0..joined-1 have been in)
@@ -74,27 +74,44 @@ def cut_lowest(
     evicted_at : int32 [budget, token]; ties : int64 [budget]; the last five are updated
     least : see `ordered`; keys : int32 [token], working space
     """
-    last = joined
     shift = 8 * scores.itemsize - 32
-    for c in range(rows.shape[0]):
-        row = rows[c]
-        bits = scores[c, : row + 1]
-        upper_keys(bits, least, shift, keys)
-        for b in budgets:
-            counts[b] += row + 1 - last
-            if window > 0:
-                leave_window(barred[b], counts, left, b, row + 1 - window)
-            surplus = counts[b] - limits[c, b]
-            if surplus > 0:
-                low = max(sinks[c, b], left[b])
-                high = row + 1 - recent[c, b]
-                if surplus == 1:
-                    tie = _evict_one(bits, least, keys, barred[b], low, high, row, evicted_at[b])
-                else:
-                    tie = evict_many(bits, least, barred[b], low, high, surplus, row, evicted_at[b])
-                ties[b] += tie
-                counts[b] -= surplus
-        last = row + 1
+    for m in range(scores.shape[0]):
+        budgets = np.flatnonzero(of_budget == m)
+        last = joined
+        for c in range(rows.shape[0]):
+            row = rows[c]
+            bits = scores[m, c, : row + 1]
+            upper_keys(bits, least, shift, keys)
+            for b in budgets:
+                counts[b] += row + 1 - last
+                if window > 0:
+                    leave_window(barred[b], counts, left, int(b), row + 1 - window)
+                surplus = counts[b] - limits[c, b]
+                if surplus > 0:
+                    low, high = max(sinks[c, b], left[b]), row + 1 - recent[c, b]
+                    ties[b] += _evict(
+                        bits, least, keys, barred[b], low, high, surplus, row, evicted_at[b]
+                    )
+                    counts[b] -= surplus
+            last = row + 1
+
+
+@jit
+def _evict(
+    bits: Bits,
+    least: int,
+    keys: Ints,
+    barred: Ints,
+    low: int,
+    high: int,
+    surplus: int,
+    row: int,
+    evicted_at: Ints,
+) -> int:
+    """Evict the `surplus` lowest held of positions low..high-1; return 1 when the margin is 0."""
+    if surplus == 1:
+        return _evict_one(bits, least, keys, barred, low, high, row, evicted_at)
+    return evict_many(bits, least, barred, low, high, surplus, row, evicted_at)
 
 
 @jit

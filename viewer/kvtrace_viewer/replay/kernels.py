@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.jit import jit
+from kvtrace_viewer.replay.jit import jit, jit_sum
 from kvtrace_viewer.replay.products import LANES, product
 from kvtrace_viewer.replay.vectors import COMPARED, between, lowest_bit
 
@@ -228,6 +228,34 @@ def count_hits(
             first = until
         for e in range(event_starts[r], event_starts[r + 1]):
             marks[event_keys[e], event_pairs[e]] = 0
+
+
+@jit_sum
+def measure_read(
+    attention: Floats,
+    read: Flags,
+    rows: Longs,
+    start: int,
+    limits: Floats,
+    mass: Floats,
+    hits: Longs,
+    misses: Longs,
+) -> None:
+    """Write mass [query head, row], hits and misses [row] of one pair at some rows of a block.
+
+    `read` [row, key] says what their queries read, `limits` [row] what attention is needed.
+    """
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        line, hit, needed = read[i, : row + 1], 0, 0
+        for g in range(attention.shape[0]):
+            shown, total = attention[g, row - start, : row + 1], 0.0
+            for j in range(line.shape[0]):
+                total += float(shown[j]) if line[j] else 0.0
+                needed += shown[j] >= limits[i]
+                hit += (shown[j] >= limits[i]) & line[j]
+            mass[g, row] = total
+        hits[row], misses[row] = hit, needed - hit
 
 
 @jit

@@ -18,12 +18,14 @@ from kvtrace_viewer.replay.kernels import (
     count_hits,
     list_events,
     masses_of,
+    measure_read,
     release,
     sort_events,
     store_masses,
 )
 from kvtrace_viewer.replay.outputs import FullOutputs, output_errors
 from kvtrace_viewer.replay.products import aligned
+from kvtrace_viewer.replay.softmax import least_float
 
 MASS_STEPS = 10_000
 """Percentiles of mass are read from a histogram over multiples of 1/10,000: good to 5e-5."""
@@ -162,20 +164,16 @@ class HeadMeasures:
 
     def add_read(self, block: Block, pairs: slice, rows: Longs, read: NDArray[np.bool_]) -> None:
         """Measure pairs whose queries at `rows` read `read` [pair, row, key]."""
-        at = rows - block.start
-        attention = block.attention[:, at]
-        needed = attention >= (self.options.needed_share / (rows + 1))[:, None]
-        needed &= np.arange(block.stop) <= rows[:, None]
-        for p, visible in zip(range(pairs.start, pairs.stop), read, strict=True):
-            kept = np.where(visible, attention, np.float32(0))
-            self.mass[p][:, rows] = kept.sum(axis=2, dtype=np.float64)
-            self.hits[p, rows] = (needed & visible).sum(axis=(0, 2))
-            self.misses[p, rows] = (needed & ~visible).sum(axis=(0, 2))
+        limits = least_float(self.options.needed_share / (rows + 1))
+        for p, seen in zip(range(pairs.start, pairs.stop), read, strict=True):
+            counts = self.mass[p], self.hits[p], self.misses[p]
+            measure_read(block.attention, seen, rows, block.start, limits, *counts)
             sampled = (rows - self.first_rows[p]) % self.strides[p] == 0
             if block.head.v is not None and sampled.any():
-                full = FullOutputs(block, at[sampled])
-                self.error[p] += full.errors(np.ascontiguousarray(kept[:, sampled])).sum()
-                self.error_rows[p] += int(sampled.sum())
+                at = rows[sampled] - block.start
+                kept = np.where(seen[sampled], block.attention[:, at], np.float32(0))
+                self.error[p] += FullOutputs(block, at).errors(kept).sum()
+                self.error_rows[p] += len(at)
 
     def _add_error(
         self,

@@ -13,6 +13,7 @@ from kvtrace_viewer.replay.amounts import Budget
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cuts, present
 from kvtrace_viewer.replay.policy import Policy, parameter
+from kvtrace_viewer.replay.windows import voting_rows, window_sums
 
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]
@@ -87,10 +88,16 @@ class CAKE(Policy):
     def scores(self, block: Block, cuts: Cuts, state: Any) -> Doubles:
         """Mean and variance over the window, which gets none itself: it stays anyway."""
         out = np.zeros((len(cuts.rows), block.stop))
-        for c, row in enumerate(cuts.rows):
-            voted = int(row) + 1 - self.window
-            if voted > 0:
-                rows = block.head.attention(voted, int(row) + 1)[:, :, :voted].astype(np.float64)
-                score = rows.mean(axis=1) + self.gamma * rows.var(axis=1)
-                out[c, :voted] = score.mean(axis=0)
+        voting = cuts.rows[cuts.rows >= self.window]
+        if not len(voting):
+            return out
+        rows, first = voting_rows(block, int(voting[0]), self.window)
+        shown = rows[:, : voting[-1] + 1 - first].astype(np.float64)
+        at = voting + 1 - self.window - first
+        mean = window_sums(shown, self.window)[:, at] / self.window
+        squares = window_sums(shown * shown, self.window)[:, at] / self.window
+        variance = np.maximum(squares - mean * mean, 0)
+        scores = (mean + self.gamma * variance).mean(axis=0)
+        voted = np.arange(block.stop) < (voting + 1 - self.window)[:, None]
+        out[len(cuts.rows) - len(voting) :] = np.where(voted, scores, 0)
         return out

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.block import Block
+from kvtrace_viewer.replay.jit import jit_sum
 from kvtrace_viewer.replay.policy import Policy
 
 
@@ -40,13 +41,37 @@ class CAOTE(Policy):
         """Change of the output, mean over the group."""
         if block.head.v is None:
             raise ValueError("caote declares v; the engine checks that the trace has it")
-        values = block.head.v[held].astype(np.float64)
         r = row - block.start
-        changes = np.zeros(len(held))
-        for attention, sink in zip(block.attention[:, r], block.sink_share[:, r], strict=True):
-            shares = attention[held].astype(np.float64)
-            shares /= max(shares.sum() + sink, 1e-300)
-            output = shares @ values
-            apart = np.linalg.norm(output - values, axis=1)
-            changes += shares / np.maximum(1 - shares, 1e-12) * apart
-        return changes / block.head.group
+        return _changes(block.attention[:, r], block.sink_share[:, r], held, block.head.v)
+
+
+@jit_sum
+def _changes(
+    attention: NDArray[np.float32],
+    sink_share: NDArray[np.float64],
+    held: NDArray[np.int64],
+    values: NDArray[np.float32],
+) -> NDArray[np.float64]:
+    """Return [held]: a / (1 - a) * |o - v|, mean over the query heads of attention [head, key]."""
+    group, dims = attention.shape[0], values.shape[1]
+    changes: NDArray[np.float64] = np.zeros(held.shape[0])
+    output = np.empty(dims)
+    for g in range(group):
+        total = sink_share[g]
+        output[:] = 0
+        for j in held:
+            share = np.float64(attention[g, j])
+            total += share
+            for d in range(dims):
+                output[d] += share * values[j, d]
+        whole = max(total, 1e-300)
+        output /= whole
+        for s in range(held.shape[0]):
+            value, apart = values[held[s]], 0.0
+            for d in range(dims):
+                off = output[d] - value[d]
+                apart += off * off
+            share = attention[g, held[s]] / whole
+            changes[s] += share / max(1 - share, 1e-12) * np.sqrt(apart)
+    changes /= group
+    return changes

@@ -13,6 +13,7 @@ from kvtrace_viewer.replay.cache import Cuts
 from kvtrace_viewer.replay.policies.adakv import compete
 from kvtrace_viewer.replay.policies.criticalkv import projected_norms
 from kvtrace_viewer.replay.policy import Policy, parameter
+from kvtrace_viewer.replay.windows import voting_rows
 
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]
@@ -56,11 +57,16 @@ class DefensiveKV(Policy):
     def scores(self, block: Block, cuts: Cuts, state: Doubles) -> Doubles:
         """Return the defended maximum; the window, which stays anyway, gets none."""
         out = np.zeros((len(cuts.rows), block.stop))
+        voting = cuts.rows[cuts.rows >= self.window]
+        if not len(voting):
+            return out
+        rows, first = voting_rows(block, int(voting[0]), self.window)
+        by_row = rows.max(axis=0)
         for c, row in enumerate(cuts.rows):
-            voted = row + 1 - self.window
+            voted = int(row) + 1 - self.window
             if voted > 0:
-                rows = block.head.attention(int(voted), int(row) + 1)[:, :, :voted]
-                highest = rows.max(axis=(0, 1)).astype(np.float64)
+                highest = by_row[voted - first : row + 1 - first, :voted].max(axis=0)
+                highest = highest.astype(np.float64)
                 out[c, :voted] = np.maximum(highest, highest.mean()) * state[:voted]
         return out
 

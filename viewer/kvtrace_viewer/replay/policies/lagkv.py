@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.block import Block
+from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cuts
 from kvtrace_viewer.replay.policy import Policy, parameter
 
@@ -32,21 +32,29 @@ class LagKV(Policy):
     sinks: int = parameter(4, "first tokens that are never evicted", "tokens", 0)
     lag: int = parameter(128, "tokens of a partition", "tokens", 2)
 
-    def scores(self, block: Block, cuts: Cuts, state: Any) -> NDArray[np.float64]:
-        """Rank within the partition, in [0, 1)."""
+    def start(self, head: Head, cuts: Cuts) -> NDArray[np.float64]:
+        """[token]: rank within the partition, in [0, 1); 1 where no partition follows."""
+        ranks = np.ones(head.tokens)
+        parts = (head.tokens - self.sinks) // self.lag
+        if parts >= 2:
+            if head.v is None:
+                raise ValueError("lagkv declares v; the engine checks that the trace has it")
+            span = slice(self.sinks, self.sinks + parts * self.lag)
+            score = self._standing_out(head.k[span]) + self._standing_out(head.v[span])
+            order = np.argsort(np.argsort(score / 2, axis=1, kind="stable"), axis=1)
+            ranks[self.sinks : self.sinks + order.size] = order.ravel() / self.lag
+        return ranks
+
+    def scores(self, block: Block, cuts: Cuts, state: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Rank within a partition that a whole one follows."""
         out = np.ones((len(cuts.rows), block.stop))
         for c, row in enumerate(cuts.rows):
             parts = (row + 1 - self.sinks) // self.lag
             if parts < 2:
                 out[c] = np.arange(block.stop)
-                continue
-            span = slice(self.sinks, self.sinks + parts * self.lag)
-            values = block.head.v
-            if values is None:
-                raise ValueError("lagkv declares v; the engine checks that the trace has it")
-            score = self._standing_out(block.head.k[span]) + self._standing_out(values[span])
-            order = np.argsort(np.argsort(score / 2, axis=1, kind="stable"), axis=1)
-            out[c, self.sinks : self.sinks + order.size] = order.ravel() / self.lag
+            else:
+                ranked = self.sinks + (parts - 1) * self.lag
+                out[c, :ranked] = state[:ranked]
         return out
 
     def _standing_out(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:

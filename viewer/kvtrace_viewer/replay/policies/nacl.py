@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.amounts import Amount, parse_amount
-from kvtrace_viewer.replay.block import Block
+from kvtrace_viewer.replay.block import Block, Head
+from kvtrace_viewer.replay.cache import Cuts
 from kvtrace_viewer.replay.policy import Policy, parameter
+from kvtrace_viewer.replay.windows import voting_rows, window_sums
+
+Votes = dict[int, tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""By decision row: what its proxies attend to [key], and its noise [key]."""
 
 THIRTY = parse_amount("30%", "sampled", "sampled=30%")
 
@@ -49,19 +54,33 @@ class NACL(Policy):
         """The proxies."""
         return self.proxies
 
+    def start(self, head: Head, cuts: Cuts) -> Votes:
+        """Return no votes."""
+        return {}
+
+    def see(self, block: Block, cuts: Cuts, state: Votes) -> None:
+        """Sum what the proxies of each decision attend to, and draw its noise."""
+        state.clear()
+        if not len(cuts.rows):
+            return
+        rows, first = voting_rows(block, int(cuts.rows[0]), self.proxies)
+        received = rows.sum(axis=0, dtype=np.float64) / block.head.group
+        before = np.zeros((max(self.proxies - 1 - int(cuts.rows[0]) + first, 0), block.stop))
+        sums = window_sums(np.concatenate([before, received]), self.proxies)
+        head = block.head
+        for row in cuts.rows.tolist():
+            stream = np.random.default_rng([self.seed, head.layer, head.kv_head, row])
+            state[row] = sums[row - int(cuts.rows[0])], stream.gumbel(size=row + 1)
+
     def score_held(
-        self, held: NDArray[np.int64], limit: int, row: int, block: Block, state: Any
+        self, held: NDArray[np.int64], limit: int, row: int, block: Block, state: Votes
     ) -> NDArray[np.float64]:
         """Sums, infinite for the best, noised for the others."""
-        first = max(row + 1 - self.proxies, 0)
-        sums = block.head.attention(first, row + 1).sum(axis=(0, 1), dtype=np.float64)[held]
-        sums /= block.head.group
+        sums, noise = (line[held] for line in state[row])
         drawn = int(self.sampled.of(np.array([limit]))[0])
         protected = (held < self.sinks) | (held > row - min(self.proxies, limit))
         best = max(limit - drawn - int(protected.sum()), 0)
-        head = block.head
-        stream = np.random.default_rng([self.seed, head.layer, head.kv_head, row])
-        scores = np.asarray(sums + stream.gumbel(size=row + 1)[held])
+        scores = np.asarray(sums + noise)
         order = np.argsort(np.where(protected, -np.inf, sums), kind="stable")
         scores[order[len(order) - best :]] = np.inf
         return scores

@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtrace_viewer.replay.block import Block, Head
+from kvtrace_viewer.replay.block import Block
 from kvtrace_viewer.replay.cache import Cache
+from kvtrace_viewer.replay.jit import jit, jit_least
 from kvtrace_viewer.replay.policy import parameter
 from kvtrace_viewer.replay.selector import Selector
 
 Doubles = NDArray[np.float64]
+Floats = NDArray[np.float32]
 Longs = NDArray[np.int64]
 
 
@@ -44,27 +46,82 @@ class Quest(Selector):
     ) -> NDArray[np.bool_]:
         """Read whole pages, best first."""
         chosen = np.zeros((limits.shape[1], len(rows), block.stop), dtype=np.bool_)
-        for r, row in enumerate(rows):
-            holds = cache.holds(int(row))
-            for b in range(len(holds)):
-                held = np.flatnonzero(holds[b, :row])
-                if len(held) > limits[r, b]:
-                    order = self._order(block.head, int(row), held)
-                    held = held[order[len(order) - limits[r, b] :]]
-                chosen[b, r, held] = True
+        head, evicted_at = block.head, cache.evicted_at[:, : block.stop]
+        _read_pages(head.q[rows], head.k, rows, limits, evicted_at, self.page, chosen)
         return chosen
 
-    def _order(self, head: Head, row: int, held: Longs) -> Longs:
-        """Tokens from the one to read last to the one to read first."""
-        firsts = np.flatnonzero(np.diff(held // self.page, prepend=-1))
-        keys = head.k[held].astype(np.float64)
-        low = np.minimum.reduceat(keys, firsts)
-        high = np.maximum.reduceat(keys, firsts)
-        queries = head.q[row].astype(np.float64)
-        scores = np.maximum(queries, 0) @ high.T + np.minimum(queries, 0) @ low.T
-        of_page = scores.sum(axis=0)
-        page = np.repeat(np.arange(len(firsts)), np.diff(firsts, append=len(held)))
-        # Pages of equal scores one after the other, the younger first.
-        rank = np.empty(len(firsts), np.int64)
-        rank[np.argsort(of_page, kind="stable")] = np.arange(len(firsts))
-        return np.lexsort((held, rank[page]))
+
+@jit
+def _read_pages(
+    queries: Floats,
+    keys: Floats,
+    rows: Longs,
+    limits: Longs,
+    evicted_at: NDArray[np.int32],
+    page: int,
+    chosen: NDArray[np.bool_],
+) -> None:
+    """Mark in chosen [budget, row, key] what is read; what budgets hold alike is ranked once."""
+    for r in range(rows.shape[0]):
+        row = rows[r]
+        held = np.flatnonzero(evicted_at[0, :row] >= row)
+        firsts, order = _ranked_pages(queries[r], keys, held, page)
+        for b in range(limits.shape[1]):
+            if b > 0 and not _is_held_alike(evicted_at[b - 1], evicted_at[b], row):
+                held = np.flatnonzero(evicted_at[b, :row] >= row)
+                firsts, order = _ranked_pages(queries[r], keys, held, page)
+            left = limits[r, b]
+            for p in order[::-1]:
+                first = max(firsts[p], firsts[p + 1] - left)
+                for s in range(first, firsts[p + 1]):
+                    chosen[b, r, held[s]] = True
+                left -= firsts[p + 1] - first
+
+
+@jit
+def _is_held_alike(one: NDArray[np.int32], other: NDArray[np.int32], row: int) -> bool:
+    apart = 0
+    for j in range(row):
+        apart += (one[j] >= row) != (other[j] >= row)
+    return apart == 0
+
+
+@jit
+def _ranked_pages(query: Floats, keys: Floats, held: Longs, page: int) -> tuple[Longs, Longs]:
+    """Return where each page begins in held (and ends), and the pages from worst to best.
+
+    Of pages with equal scores the younger is the better one.
+    """
+    firsts, count, dims = np.empty(held.shape[0] + 1, np.int64), 0, keys.shape[1]
+    scores = np.empty(held.shape[0])
+    positive, negative = np.zeros(dims), np.zeros(dims)
+    for g in range(query.shape[0]):
+        for d in range(dims):
+            positive[d] += max(query[g, d], np.float32(0))
+            negative[d] += min(query[g, d], np.float32(0))
+    first = 0
+    while first < held.shape[0]:
+        last = first + 1
+        while last < held.shape[0] and held[last] // page == held[first] // page:
+            last += 1
+        firsts[count] = first
+        scores[count] = _most(positive, negative, keys, held[first:last])
+        count += 1
+        first = last
+    firsts[count] = first
+    return firsts, np.argsort(scores[:count], kind="mergesort")
+
+
+@jit_least
+def _most(positive: Doubles, negative: Doubles, keys: Floats, held: Longs) -> float:
+    """Most that a query can give keys between the least and the greatest of each channel."""
+    low, high = keys[held[0]].copy(), keys[held[0]].copy()
+    for j in held[1:]:
+        key = keys[j]
+        for d in range(key.shape[0]):
+            low[d] = min(low[d], key[d])
+            high[d] = max(high[d], key[d])
+    total = 0.0
+    for d in range(low.shape[0]):
+        total += positive[d] * high[d] + negative[d] * low[d]
+    return total
