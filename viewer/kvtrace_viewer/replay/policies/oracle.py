@@ -20,6 +20,9 @@ Longs = NDArray[np.int64]
 
 TILE = 1024  # keys whose values at a price stay in a core's first cache for all rows of a block
 
+SNAPSHOT_BYTES = 1 << 26
+"""Of a head's values that are remembered; what lies between them is computed once more."""
+
 LEAST_PRICE, HIGHEST_PRICE = 0.01, 40.0
 """In uniform shares. At 0.01 nearly every token is worth its slot, at 40 hardly any is."""
 
@@ -60,8 +63,7 @@ class Oracle(Policy):
 
     def look_ahead(self, block: Block, cuts: Cuts, state: Foresight) -> None:
         """Carry values and the dual sum one block towards the start."""
-        if len(cuts.rows):
-            state.snapshots[block.start] = state.values[:, : block.stop].copy()
+        state.keep(block, is_needed=len(cuts.rows) > 0)
         last_cut = state.last_cut[block.start : block.stop]
         rows = np.arange(block.start, block.stop)
         seen = last_cut >= 0
@@ -92,13 +94,19 @@ class Oracle(Policy):
         if not len(cuts.rows):
             return
         chosen, of_budget = state.chosen
-        values = state.snapshots.pop(block.start)
-        cache.cut_by(cuts, (self._values(block, cuts, state, values, k) for k in chosen), of_budget)
+        later = state.values_after(block)
+        lines = (
+            self._values(block, cuts, state, later[i : i + 1], k) for i, k in enumerate(chosen)
+        )
+        cache.cut_by(cuts, lines, of_budget)
 
     def _values(
         self, block: Block, cuts: Cuts, state: Foresight, values: Doubles, k: int
     ) -> Doubles:
-        """Values [cut, key] at price k, in memory that the next call uses again."""
+        """Values [cut, key] at price k, from those [1, key] after the block.
+
+        In memory that the next call uses again.
+        """
         shape = (1, len(cuts.rows), block.stop)
         out: Doubles = state.memory[: len(cuts.rows) * block.stop].reshape(shape)
         _sweep(
@@ -108,7 +116,7 @@ class Oracle(Policy):
             np.isin(np.arange(block.start, block.stop), cuts.rows),
             state.last_cut[block.start : block.stop],
             int(state.cuts.rows[0]),
-            values[k : k + 1],
+            values,
             np.zeros(1),
             out,
         )
@@ -143,7 +151,9 @@ class Foresight:
     paid : float64 [budget, price], slots at their prices
     free : float, each query's attention to its own token
     last_cut : int64 [token], the last cut before a row, -1 for rows that are not measured
-    snapshots : values at the end of each block, by its start
+    snapshots : values at the end of some blocks, by their start
+    passed : (start, stop, whether it has cuts) of the blocks seen, the last first
+    between : values at the chosen prices at the end of blocks between two snapshots, by start
     """
 
     def __init__(self, head: Head, cuts: Cuts, prices: int) -> None:
@@ -155,11 +165,47 @@ class Foresight:
         self.paid = np.zeros((cuts.limits.shape[1], len(self.prices)))
         self.free = 0.0
         self.snapshots: dict[int, Doubles] = {}
+        self.passed: list[tuple[int, int, bool]] = []
+        self.between: dict[int, Doubles] = {}
+        self.apart = -(-self.values.nbytes * head.tokens // (BLOCK_ROWS * SNAPSHOT_BYTES))
         self.memory = np.empty(BLOCK_ROWS * head.tokens)  # new pages cost more than what they hold
         rows = np.arange(head.tokens)
         earlier = np.searchsorted(cuts.rows, rows) - 1
         padded = np.append(cuts.rows, -1)
         self.last_cut = np.where(head.has_query, padded[earlier], -1)
+
+    def keep(self, block: Block, is_needed: bool) -> None:
+        """Remember the values after a block, or only how to come to them again."""
+        if sum(needed for *_, needed in self.passed) % self.apart == 0 and is_needed:
+            self.snapshots[block.start] = self.values[:, : block.stop].copy()
+        self.passed.append((block.start, block.stop, is_needed))
+
+    def values_after(self, block: Block) -> Doubles:
+        """[chosen price, key]: values after a block; blocks are asked for in order."""
+        if block.start not in self.between:
+            nearest = min(start for start in self.snapshots if start >= block.start)
+            values = self.snapshots.pop(nearest)[self.chosen[0]]
+            for start, stop, is_needed in self.passed:
+                if block.start <= start <= nearest:
+                    if is_needed:
+                        self.between[start] = values[:, :stop].copy()
+                    if start > block.start:
+                        self._carry(block.head, start, stop, values)
+        return self.between.pop(block.start)
+
+    def _carry(self, head: Head, start: int, stop: int, values: Doubles) -> None:
+        """Carry values at the chosen prices over a block whose rows are computed once more."""
+        _sweep(
+            Block(head, start, stop, head.attention(start, stop)).received,
+            start,
+            self.prices[self.chosen[0]],
+            np.isin(np.arange(start, stop), self.cuts.rows),
+            self.last_cut[start:stop],
+            int(self.cuts.rows[0]),
+            values,
+            np.zeros(len(values)),
+            np.empty((len(values), 0, stop)),
+        )
 
     @cached_property
     def chosen(self) -> tuple[Longs, Longs]:
