@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tests.browser.conftest import TEXT
+from tests.browser.conftest import TEXT, TIMEOUT_S
 
 import kvtrace
 from kvtrace_recorder import demo, record
@@ -39,7 +39,11 @@ def test_hover_tells_the_traces_own_weight(browser: Browser, address: str, trace
     for x, y in ((120, 300), (200, 420), (300, 420)):
         browser.hover("#attention-map", x, y)
         # The pointer gets there in steps, each of which may tell its own pair.
-        time.sleep(0.5)
+        browser.until(
+            "(({ row, key }) => !arguments[0].includes(`${row},${key}`))"
+            "(document.getElementById('attention-readout').dataset)",
+            [f"{row},{key}" for row, key in told],
+        )
         readout = browser.js(
             "const box = document.getElementById('attention-readout');"
             "return {...box.dataset, text: box.innerText}"
@@ -133,8 +137,11 @@ def test_the_address_restores_the_view_in_a_fresh_browser(
     for window in (fresh, browser):
         window.open(f"{address}/attention{query}")
         window.until(SETTLED)
-        time.sleep(0.5)
     assert fresh.query() == query
+    # The sharpest tiles may be still on their way.
+    end = time.monotonic() + TIMEOUT_S
+    while fresh.js(PICTURE) != browser.js(PICTURE) and time.monotonic() < end:
+        time.sleep(0.05)
     assert fresh.js(PICTURE) == browser.js(PICTURE) != whole
     assert fresh.errors() == []
 
@@ -147,7 +154,8 @@ def test_exports_are_saved(browser: Browser, address: str, trace: Trace) -> None
             browser.downloads
             / f"{'attention' if kind == 'png' else 'run'}-request0-layer0-head1.{kind}"
         )
-        for _ in range(200):
+        end = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < end:
             if path.exists() and path.stat().st_size:
                 break
             time.sleep(0.1)

@@ -25,7 +25,7 @@ def test_what_the_manager_shared_is_what_its_blocks_hit(tmp_path: Path) -> None:
     ):
         for ids in inputs:
             # One after the other: the later ones find the blocks of the first in the cache.
-            manager.get_result(manager.add_request(ids, eos_token_id=-1), timeout=60)
+            manager.get_result(manager.add_request(ids, eos_token_id=-1), timeout=200)
     trace = kvtrace.open(tmp_path / "a.kvtrace")
     stream = read_stream(trace)
     assert stream.block_size == PAGE

@@ -123,7 +123,7 @@ class Follower:
 
     def wait_for(self, count: int, table: str = "kv_events") -> list[dict[str, Any]]:
         """Wait until the trace, still being written, has `count` rows."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 100
         while len(rows := self.rows(table)) < count:
             assert self._process.poll() is None, self.error()
             assert time.monotonic() < deadline, (count, rows)
@@ -149,7 +149,7 @@ class Follower:
         return self._process.stderr.readline()
 
     def error(self) -> str:
-        return self._process.communicate(timeout=20)[1]
+        return self._process.communicate(timeout=100)[1]
 
     def kill(self) -> None:
         if self._process.poll() is None:
@@ -177,7 +177,7 @@ def _join(publisher: Publisher, follower: Follower) -> None:
     """Send a harmless message again and again until the subscriber is there: PUB has no memory."""
     began = time.time()
     while not follower.rows():
-        assert time.time() < began + 20
+        assert time.time() < began + 100
         publisher.publish(0, {"type": "AllBlocksCleared"}, ts=began)
         time.sleep(0.05)
 
@@ -281,7 +281,7 @@ def test_lost_messages_are_asked_for_and_what_nobody_has_is_a_gap(
     publisher.publish(7, stored("map", 7, parent=6), send=False)
     publisher.publish(8, stored("map", 8, parent=7))
     follower.wait_for(7 + 1)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 100
     while len(follower.rows("blocks")) < 7 and time.monotonic() < deadline:
         time.sleep(0.05)
     trace = follower.end()
@@ -345,7 +345,7 @@ def test_a_restarted_publisher_is_noted_and_its_blocks_are_gone(
     follower.wait_for(2, "blocks")
     first.close()
     second = publishers(first.ports)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     number = 0
     while not follower.rows("gaps"):
         assert time.monotonic() < deadline
@@ -373,7 +373,7 @@ def test_a_dump_of_a_stream_makes_the_same_trace(
 ) -> None:
     publisher = publishers()
     dump = tmp_path / "events.msgpack"
-    follower = follow(publisher, "--dump", str(dump), "--until-idle", "2")
+    follower = follow(publisher, "--dump", str(dump), "--until-idle", "4")
     publisher.publish(1, stored("map", 1, 2))
     publisher.publish(3, removed("map", 2))
     trace = follower.ended()
@@ -424,7 +424,7 @@ def test_publishers_may_connect_to_us(tmp_path: Path) -> None:
             began = time.time()
             payload = msgpack.packb([began, [["AllBlocksCleared"]]])
             while not follower.rows():
-                assert time.time() < began + 20
+                assert time.time() < began + 100
                 socket.send_multipart([b"", (0).to_bytes(8, "big"), payload])
                 time.sleep(0.05)
             assert follower.end().table("kv_events").num_rows == 1

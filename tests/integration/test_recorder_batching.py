@@ -95,9 +95,9 @@ def test_a_cancelled_request_gives_its_blocks_back(snapshots: Snapshots, tmp_pat
     ):
         manager.add_request(inputs[0], request_id="left", streaming=True, eos_token_id=-1)
         manager.add_request(inputs[1], request_id="stays", max_new_tokens=60, eos_token_id=-1)
-        assert manager.get_result("left", timeout=60) is not None
+        assert manager.get_result("left", timeout=200) is not None
         manager.cancel_request("left")
-        while (result := manager.get_result("stays", timeout=60)) is None:
+        while (result := manager.get_result("stays", timeout=200)) is None:
             pass
 
     assert len(result.generated_tokens) == 60

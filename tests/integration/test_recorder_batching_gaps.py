@@ -41,13 +41,13 @@ def test_what_was_computed_before_the_recording_is_not_made_up(
         generation_config=sampling(), continuous_batching_config=batching()
     ) as manager:
         manager.add_request(first, request_id="before", eos_token_id=-1)
-        assert manager.get_result("before", timeout=60) is not None
+        assert manager.get_result("before", timeout=200) is not None
         snapshots.clear()
         with record(model, tmp_path / "a.kvtrace", dtype="float32", strict=True) as recording:
             results = {}
             for name, ids in (("late", second), ("other", other)):
                 manager.add_request(ids, request_id=name, eos_token_id=-1)
-                results[name] = manager.get_result(name, timeout=60)
+                results[name] = manager.get_result(name, timeout=200)
 
     ((reason, count),) = recording.gaps.items()
     assert "before the recording began" in reason
@@ -81,7 +81,7 @@ def test_a_step_that_was_dropped_takes_what_builds_on_it_along(
     ):
         for ids in inputs:
             name = manager.add_request(ids, eos_token_id=-1)
-            results[name] = manager.get_result(name, timeout=60)
+            results[name] = manager.get_result(name, timeout=200)
 
     # All of the first, and what the second did not take from it.
     assert sum(recording.gaps.values()) == 23 + 8 + 19 + 8 - 8

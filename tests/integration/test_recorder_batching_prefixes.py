@@ -44,7 +44,7 @@ def test_a_shared_prefix_begins_with_the_rows_of_the_request_that_computed_it(
             for ids in inputs:
                 # One after the other: the later ones find the blocks of the first in the cache.
                 name = manager.add_request(ids, eos_token_id=-1)
-                found[name] = manager.get_result(name, timeout=60)
+                found[name] = manager.get_result(name, timeout=200)
         return found
 
     plain = run()
@@ -92,7 +92,7 @@ def test_the_keys_of_an_ended_request_are_read_back_where_another_begins_with_th
     ):
         for ids in prompts(23, 19, 22, shared=18):
             name = manager.add_request(ids, eos_token_id=-1)
-            results[name] = manager.get_result(name, timeout=60)
+            results[name] = manager.get_result(name, timeout=200)
 
     assert recording.gaps == {}
     assert read == [16, 16]
@@ -134,7 +134,7 @@ def test_what_a_shared_prefix_received_is_a_gap(tmp_path: Path) -> None:
     ):
         for ids in inputs:
             name = manager.add_request(ids, eos_token_id=-1)
-            assert manager.get_result(name, timeout=60) is not None
+            assert manager.get_result(name, timeout=200) is not None
     ((reason, count),) = recording.gaps.items()
     assert "were another's" in reason
     assert count == 1

@@ -106,7 +106,7 @@ def test_cached_blocks_are_evicted_when_others_need_them(
         results = {}
         for ids in inputs:
             name = manager.add_request(ids, eos_token_id=-1)
-            results[name] = manager.get_result(name, timeout=60)
+            results[name] = manager.get_result(name, timeout=200)
 
     assert recording.gaps == {}
     trace = kvtrace.open(tmp_path / "a.kvtrace")

@@ -62,7 +62,7 @@ def test_steps_that_come_while_earlier_ones_are_refused_are_not_sent(
         decode(model, cache, 4)
         monkeypatch.setattr(pipeline.Pipeline, "reserve", reserve)
         monkeypatch.setattr(held, "IDLE_NS", 0)
-        assert waits.wait(30)
+        assert waits.wait(100)
         decode(model, cache, 3)
         monkeypatch.setattr(held, "IDLE_NS", 1 << 62)
         goes.set()

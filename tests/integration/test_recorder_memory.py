@@ -36,13 +36,17 @@ def test_memory_is_flat(tmp_path: Path, tokens: int) -> None:
     assert recorded - plain <= LIMIT
 
 
-def test_a_decode_step_keeps_no_second_cache(tmp_path: Path) -> None:
+def test_a_decode_step_keeps_no_second_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A layer's old keys go when its new ones are there, not with all others after the step."""
     import torch
     from transformers import DynamicCache
 
-    from kvtrace_recorder import demo, record
+    from kvtrace_recorder import demo, pipeline, record
 
+    # Where the model pauses another thread copies what is held, and holds it meanwhile.
+    monkeypatch.setattr(pipeline, "TICK_SECONDS", 1000.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     model, tokenizer = demo.load()

@@ -207,7 +207,7 @@ with record(None, "run.kvtrace", strict=True):
 
 def test_a_forked_child_does_not_write_into_a_recording_of_its_parent(folder: Path) -> None:
     (folder / "work.py").write_text(ALONE)
-    subprocess.run([sys.executable, "work.py"], cwd=folder, check=True, timeout=100)
+    subprocess.run([sys.executable, "work.py"], cwd=folder, check=True, timeout=240)
     check(folder, {0: 4})
 
 
@@ -217,7 +217,7 @@ def test_a_child_that_forks_in_a_recording_may_record_for_itself(folder: Path) -
         "        with record(None, 'child.kvtrace', strict=True):\n            run(5)\n",
     )
     (folder / "work.py").write_text(code)
-    subprocess.run([sys.executable, "work.py"], cwd=folder, check=True, timeout=100)
+    subprocess.run([sys.executable, "work.py"], cwd=folder, check=True, timeout=240)
     check(folder, {0: 4})
     (folder / "run.kvtrace").rename(folder / "parent.kvtrace")
     (folder / "child.kvtrace").rename(folder / "run.kvtrace")

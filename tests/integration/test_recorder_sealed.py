@@ -12,12 +12,14 @@ from kvtrace_recorder import demo
 
 SCRIPT = f"""
 import os, signal, time
+import kvtrace
 from transformers import AutoModelForCausalLM
 import torch
 model = AutoModelForCausalLM.from_pretrained({str(demo.MODEL_DIR)!r})
 model.generate(torch.arange(3, 40)[None], max_new_tokens=4, min_new_tokens=4, do_sample=False)
-# What was seen less than a quarter of a second before may be lost.
-time.sleep(0.5)
+# What was not committed may be lost.
+while kvtrace.open("a.kvtrace").rows < 40:
+    time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 

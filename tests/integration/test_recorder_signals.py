@@ -94,7 +94,7 @@ def opened(folder: Path, rows: int = 1) -> kvtrace.Trace:
 
 def check_sealed(folder: Path, status: str) -> kvtrace.Trace:
     """Assert that the trace reads to its last commit, and how it says that it ended."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 100
     while (trace := kvtrace.open(folder / "run.kvtrace")).status == "recording":
         assert time.monotonic() < deadline, "nothing writes any more, and it says recording"
         time.sleep(0.05)
@@ -132,7 +132,7 @@ def test_a_script_that_is_sent_a_signal(
     process = start(first, last)
     seen = opened(tmp_path).rows
     process.send_signal(number)
-    assert process.wait(60) == returned
+    assert process.wait(200) == returned
     assert check_sealed(tmp_path, status).rows >= seen
 
 
@@ -152,7 +152,7 @@ forever()
 
 
 def test_sigterm_while_the_recorder_holds_a_lock(start: Start, tmp_path: Path) -> None:
-    assert start(last=IN_A_LOCK).wait(100) == -signal.SIGTERM
+    assert start(last=IN_A_LOCK).wait(200) == -signal.SIGTERM
     assert check_sealed(tmp_path, "complete").rows
 
 
@@ -172,7 +172,7 @@ def test_what_ends_kvtrace_record_reaches_the_command(
     (pid,) = trace.table("runs")["pid"].to_pylist()
     assert pid != process.pid
     process.send_signal(number)
-    assert process.wait(60) == returned
+    assert process.wait(200) == returned
     check_sealed(tmp_path, status)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
@@ -182,7 +182,7 @@ def test_a_command_that_is_killed(start: Start, tmp_path: Path) -> None:
     process = start(by_command=True)
     (pid,) = opened(tmp_path).table("runs")["pid"].to_pylist()
     os.kill(pid, signal.SIGKILL)
-    assert process.wait(60) == 128 + signal.SIGKILL
+    assert process.wait(200) == 128 + signal.SIGKILL
     check_sealed(tmp_path, "cut off")
 
 
@@ -208,9 +208,16 @@ ran.wait()
 """
 
 
+COMMITTED = """
+import kvtrace
+while kvtrace.open("run.kvtrace").rows < 6:
+    time.sleep(0.01)
+"""
+
+
 #: How a program ends: its exit status, the rows it leaves, and what the trace says of it.
 ENDS = {
-    "os._exit": ("run()\ntime.sleep(1)\nos._exit(3)", 3, 6, "cut off"),
+    "os._exit": (f"run()\n{COMMITTED}\nos._exit(3)", 3, 6, "cut off"),
     "sys.exit": ("run()\nsys.exit(3)", 3, 6, "complete"),
     "exception": ("run()\nraise ValueError", 1, 6, "cut off"),
     # It ends the thread, not the program.
@@ -246,5 +253,5 @@ def test_a_child_that_lives_on_does_not_keep_the_recording_open(
     process = start(last=f"run()\n{child}forever()")
     opened(tmp_path, 12)
     process.kill()
-    process.wait(60)
+    process.wait(200)
     check_sealed(tmp_path, "cut off")

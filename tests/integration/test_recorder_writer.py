@@ -41,9 +41,8 @@ def test_a_writer_process_that_is_killed_leaves_the_model_alone(
     plain = greedy(model)
     with record(model, tmp_path / "a.kvtrace", on_full="wait") as recording:
         greedy(model)
-        while recording.rows < 11:
+        while kvtrace.open(tmp_path / "a.kvtrace").rows < 11:
             time.sleep(0.01)
-        time.sleep(0.5)
         os.kill(recording.writer_pid or 0, signal.SIGKILL)
         assert torch.equal(greedy(model), plain)
         time.sleep(0.2)
@@ -135,7 +134,6 @@ def test_on_full_wait_loses_nothing(
 
 
 @pytest.mark.usefixtures("writer_thread")
-@pytest.mark.timeout(60)
 def test_threads_that_wait_for_a_slow_writer_do_not_wait_for_ever(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +165,7 @@ def test_steps_that_come_while_earlier_ones_wait_for_room_are_sent(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "TICK_SECONDS", 0.005)
-    monkeypatch.setattr(held, "IDLE_NS", 50_000_000)
+    monkeypatch.setattr(held, "IDLE_NS", 1 << 62)
     # The model's thread would send after so long, and wait for the other, which waits for it.
     monkeypatch.setattr(held, "HELD_NS", 1 << 62)
     waits, goes = threading.Event(), threading.Event()
@@ -185,7 +183,8 @@ def test_steps_that_come_while_earlier_ones_wait_for_room_are_sent(
         for _ in range(4):
             model(ids, past_key_values=cache, use_cache=True)
         monkeypatch.setattr(pipeline.Pipeline, "reserve", reserve)
-        assert waits.wait(30)
+        monkeypatch.setattr(held, "IDLE_NS", 0)
+        assert waits.wait(100)
         # The run's first steps are on their way; it goes on, and its cache ends meanwhile.
         for _ in range(3):
             model(ids, past_key_values=cache, use_cache=True)

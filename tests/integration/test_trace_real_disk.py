@@ -74,7 +74,7 @@ def test_the_program_goes_on_and_what_was_committed_stays(tmp_path: Path) -> Non
     command = ["unshare", "-m", sys.executable, "-c", SCRIPT, str(tmp_path)]
     tests = Path(__file__).parents[1]
     done = subprocess.run(
-        command, cwd=tests, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tests, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

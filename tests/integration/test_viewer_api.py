@@ -208,7 +208,7 @@ def test_every_example_query_works(server: ASGIApp) -> None:
 
 
 def wait(server: ASGIApp, job: int) -> dict[str, Any]:
-    for _ in range(600):
+    for _ in range(2400):
         state: dict[str, Any] = ask(server, f"/api/jobs/{job}").json
         if state["state"] != "running":
             return state

@@ -73,7 +73,7 @@ def batch(rows: int) -> StepBatch:
 
 def until(holds: Callable[[], bool]) -> None:
     changed = threading.Event()
-    for _ in range(1000):
+    for _ in range(10_000):
         if holds():
             return
         changed.wait(0.01)
@@ -114,7 +114,7 @@ def test_a_message_that_cannot_be_sent_ends_the_writer(
 
     monkeypatch.setattr(writer, "send", refuse)
     found.put(batch(2), [])
-    assert writer.dies.wait(10)
+    assert writer.dies.wait(100)
     until(lambda: found.failure is not None)
     assert "a set is no part of a message" in str(found.failure)
 

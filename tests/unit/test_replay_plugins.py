@@ -183,6 +183,6 @@ def finished(jobs: ReplayJobs, trace: object, policy: str) -> str | None:
     job = jobs.start(trace, [policy], ["9"], "step")  # type: ignore[arg-type]
     for thread in threading.enumerate():
         if thread.name == f"replay-{job.id}":
-            thread.join(60)
+            thread.join()
     assert job.state != "running"
     return job.error
