@@ -201,5 +201,5 @@ def _show(document: dict[str, Any], found: Sizing) -> None:
 
 def _cells(row: dict[str, Any], place: str) -> tuple[str, ...]:
     shares = (row["loss"], row["capacity"], row["policy"])
-    numbers = ("-" if x is None else f"{x:.4f}" for x in shares)
+    numbers = ("-" if x is None else f"{x:z.4f}" for x in shares)
     return (row["budget"] or "-", place, *numbers, f"{row['saved']:,}")

@@ -109,8 +109,7 @@ def size(
     for i in order:
         bounds = bounds_by_place(known[i], mine[i].bound_scope) if known else {}
         for place, value in _by_place(mine[i], of, _value(mine[i], of)).items():
-            # Rounding can leave a retained mass of a little more than 1.
-            loss = max(1 - value, 0.0) if of == "mass" else value
+            loss = 1 - value if of == "mass" else value
             least = None if place not in bounds else 1 - bounds[place]
             curves.setdefault(place, []).append(Point(mine[i].budget, loss, least))
     return Sizing(curves, rhythm, of, lose)
