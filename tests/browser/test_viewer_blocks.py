@@ -58,6 +58,21 @@ def test_the_grid_is_the_recorded_pool_at_every_step(
     assert "4 of 4 tokens" in tip
     assert "held by 1" in tip
     assert "written by a prompt" in tip
+    # And which tokens these are: without a tokenizer their ids.
+    owner = trace.tokens(0)["token_id"].to_pylist()
+    browser.until(f"document.querySelector('.kv-tip-text')?.innerText.includes('[{owner[0]}]')")
+
+
+def test_a_link_restores_the_form(browser: Browser, served: tuple[str, kvtrace.Trace]) -> None:
+    address, _ = served
+    link = f"{address}/blocks?trace=served.kvtrace&pool=30+64&max_batch=4&policy=lru+nonsense"
+    browser.open(link)
+    browser.until(CARDS, 1)
+    browser.until("/policy=lru(&|$)/.test(location.search)")
+    asked = parse_qs(browser.query().removeprefix("?"))
+    assert asked["pool"] == ["30 64"]
+    assert asked["max_batch"] == ["4"]
+    assert "preempt" not in asked
 
 
 def test_other_pools_are_simulated_beside_it(

@@ -57,6 +57,24 @@ def test_runs_are_served_shown_and_kept(browser: Browser, address: str, trace: T
     assert "tokens 4 to 13" in browser.text("#tiers-window")
 
 
+def test_a_link_restores_the_form(browser: Browser, address: str) -> None:
+    figures = "10+1+1+20+2+2+30+3+3+40+4+4"
+    browser.open(
+        f"{address}/tiers?trace=run.kvtrace&machine=a100&mode=write-through&prefetch=yes"
+        f"&figures={figures}"
+    )
+    inputs = "document.querySelectorAll('#tiers-figures input')"
+    browser.until(f"{inputs}.length === 12 && {inputs}[0].value === '10'")
+    browser.until("location.search.includes('mode=write-through')")
+    asked = parse_qs(browser.query().removeprefix("?"))
+    assert asked["figures"] == ["10 1 1 20 2 2 30 3 3 40 4 4"]
+    assert (asked["machine"], asked["prefetch"]) == (["a100"], ["yes"])
+    # What is as usual is left out, and a figure that changes is put in.
+    assert "policy" not in asked
+    browser.js(f"const one = {inputs}[1]; one.value = 7; one.dispatchEvent(new Event('change'));")
+    assert "figures=10+7+1+20" in browser.query()
+
+
 def test_what_is_wrong_is_said(browser: Browser, address: str) -> None:
     browser.open(f"{address}/tiers?trace=run.kvtrace")
     browser.until("document.querySelectorAll('#tiers-figures input').length > 3")

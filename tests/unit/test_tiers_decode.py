@@ -122,7 +122,7 @@ def test_the_l2_serves_all_of_what_fits_and_else_its_share() -> None:
     assert reuse(90_000)["most_from_l2"] == 0.5
     assert reuse(90_000)["steps_whose_layer_fits"] == 1.0
     assert reuse(300_000)["steps_whose_layer_fits"] == 0.0
-    assert l2_reuse(serve(TWO, 1).stretches, read_hardware("laptop"), 1, 1, 1) is None
+    assert l2_reuse(serve(TWO, 1).stretches, read_hardware("h200"), 1, 1, 1) is None
 
 
 def test_the_command_decodes_an_imported_workload(

@@ -5,6 +5,7 @@ window.kv = window.kv || {};
 (function (kv) {
     const STATUS = "blocks-status";
     const POLL_MS = 300;
+    const MAX_TEXT = 160;
     let page = null;
 
     function mount(config) {
@@ -60,7 +61,7 @@ window.kv = window.kv || {};
 
     async function load(here, chosen) {
         const { trace } = here.config;
-        kv.say(STATUS, chosen.length ? "Reading the blocks…" : "No block was recorded: simulate a pool below.", "info");
+        kv.say(STATUS, chosen.length ? "Reading the blocks…" : "No block was recorded. kvtrace record --detail events -- SCRIPT.py records them where the script serves by continuous batching (examples/record_batching.py); or simulate a pool below.", "info");
         const [rows, ...found] = await Promise.all([
             kv.json("pools", { trace }),
             ...chosen.map((run) => kv.json("pools/history", { trace, run })),
@@ -141,8 +142,27 @@ window.kv = window.kv || {};
         });
     }
 
+    /* Texts of a request's tokens, read once. */
+    function texts(request) {
+        page.texts = page.texts || new Map();
+        if (!page.texts.has(request)) {
+            const read = kv.json("tokens", { trace: page.config.trace, request });
+            page.texts.set(request, read.then((found) => found.tokens, () => []));
+        }
+        return page.texts.get(request);
+    }
+
+    async function tellText(tip, { request, first, count }) {
+        const asked = (tip.asked = {});
+        const found = (await texts(request)).slice(first, first + count).join("");
+        if (tip.asked !== asked || !found) return;
+        const short = found.length > MAX_TEXT ? `${found.slice(0, MAX_TEXT)}…` : found;
+        tip.append(kv.element("span", "kv-tip-text", short.replaceAll("\n", "↵")));
+    }
+
     function pointed(pool, words, event) {
         const tip = kv.byId("blocks-tip");
+        tip.asked = null;
         if (!words) {
             tip.style.display = "none";
             return;
@@ -153,6 +173,7 @@ window.kv = window.kv || {};
         );
         const box = tip.parentElement.getBoundingClientRect();
         kv.placeTip(tip, event.clientX - box.left, event.clientY - box.top);
+        if (words.text) tellText(tip, words.text);
     }
 
     /* ---- other pools ---- */
@@ -227,6 +248,8 @@ window.kv = window.kv || {};
                 pool: numbers(pool), block_size: numbers(blockSize), max_batch: numbers(maxBatch),
                 admission: admission || [], policy: policy || [], preempt: preempt || [],
             };
+            const given = [pool, blockSize, maxBatch, ...Object.values(form).slice(3)];
+            kv.setQuery(Object.fromEntries(Object.keys(form).map((name, n) => [name, (given[n] || []).join(" ")])));
             if (page) page.form = form;
             else page = { form, cards: null };
             return kv.nothing();

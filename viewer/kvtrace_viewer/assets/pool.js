@@ -280,7 +280,11 @@ window.kv = window.kv || {};
             if (this.owner[first] >= 0) words.push(this.requests[this.owner[first]].name);
             if (this.state[first] !== FREE_CELL) {
                 words.push(`${this.tokens(first)} of ${this.blockSize} tokens`, `held by ${this.refs[first]}`);
-                if (this.place[first] >= 0) words.push(`tokens from ${kv.count(this.place[first] * this.blockSize)}`);
+                const begin = this.place[first] * this.blockSize;
+                if (begin >= 0) words.push(`tokens from ${kv.count(begin)}`);
+                if (begin >= 0 && this.owner[first] >= 0) {
+                    words.text = { request: this.requests[this.owner[first]].number, first: begin, count: this.tokens(first) };
+                }
             }
             return words;
         }

@@ -54,7 +54,7 @@ window.kv = window.kv || {};
             if (page !== here || here.asked !== asked) return;
             const copies = !isTokens && JSON.parse(run.run.options).mode === "write-through";
             Object.assign(here, {
-                run, map, isTokens, copies, counts: decode(map.counts), colours: run.colours.map(rgb),
+                run, map, isTokens, copies, counts: decode(map.counts),
             });
             kv.say(STATUS, "");
             fill(run);
@@ -81,8 +81,8 @@ window.kv = window.kv || {};
             entry.append(swatch, tier.name);
             return entry;
         }), kv.element("span", "kv-note", page.isTokens
-            ? "mixed: some layers and KV heads here, some there"
-            : "mixed: several blocks a row"));
+            ? "split: some layers and KV heads here, some there"
+            : "split: several blocks a row"));
         const { first, count, size, shape } = page.map;
         const last = Math.min(count, first + shape[0] * size);
         const what = page.isTokens ? "tokens" : "blocks";
@@ -112,25 +112,36 @@ window.kv = window.kv || {};
 
     /* ---- the map ---- */
 
-    /* Colour of a cell: those of the tiers, mixed by what each holds; null where none does. */
-    function colourOf(row, column) {
+    /* What each tier holds of a cell; of copies in several tiers the fastest counts. */
+    function sharesOf(row, column) {
         const [, columns, tiers] = page.map.shape;
         const at = (row * columns + column) * tiers;
-        const mixed = [0, 0, 0];
-        let total = 0;
+        const shares = [];
         let above = 0;
         for (let tier = 0; tier < tiers; tier++) {
             const held = page.counts[at + tier];
-            /* Of copies in several tiers the fastest counts. */
-            const share = page.copies ? Math.max(0, held - above) : held;
+            shares.push(page.copies ? Math.max(0, held - above) : held);
             above = Math.max(above, held);
-            total += share;
-            for (let c = 0; c < 3; c++) mixed[c] += share * page.colours[tier][c];
         }
-        return total ? `rgb(${mixed.map((value) => Math.round(value / total)).join(" ")})` : null;
+        return shares;
     }
 
-    const rgb = (hex) => [1, 3, 5].map((at) => Number.parseInt(hex.slice(at, at + 2), 16));
+    /* So many whole pixels of a cell for each tier: by its share, but at least one where it holds
+       any, the largest first where there are too few. Colours are never mixed. */
+    function pixelsOf(shares, pixels) {
+        const total = shares.reduce((sum, share) => sum + share, 0);
+        const found = shares.map(() => 0);
+        let left = pixels, rest = total;
+        const order = shares.map((_, tier) => tier).filter((tier) => shares[tier]).sort((a, b) => shares[b] - shares[a]);
+        order.forEach((tier, place) => {
+            const others = order.length - 1 - place;
+            const wanted = Math.round((left * shares[tier]) / rest);
+            found[tier] = Math.min(left, Math.max(1, Math.min(wanted, left - others)));
+            left -= found[tier];
+            rest -= shares[tier];
+        });
+        return found;
+    }
 
     function geometry() {
         const width = kv.byId("tiers-map-box").clientWidth;
@@ -148,15 +159,20 @@ window.kv = window.kv || {};
         context.fillStyle = kv.token("map-empty");
         context.fillRect(MARGIN.left, MARGIN.top, inner.width, inner.height);
         if (!rows || !columns) return;
+        const ratio = window.devicePixelRatio || 1;
+        const pixel = (at) => Math.round(at * ratio);
         for (let row = 0; row < rows; row++) {
             for (let column = 0; column < columns; column++) {
-                const colour = colourOf(row, column);
-                if (!colour) continue;
-                context.fillStyle = colour;
-                context.fillRect(
-                    MARGIN.left + column * cell.w, MARGIN.top + row * cell.h,
-                    Math.ceil(cell.w + 0.5), Math.ceil(cell.h + 0.5),
-                );
+                const shares = sharesOf(row, column);
+                if (!shares.some((share) => share)) continue;
+                const [left, right] = [column, column + 1].map((n) => pixel(MARGIN.left + n * cell.w));
+                const [top, bottom] = [row, row + 1].map((n) => pixel(MARGIN.top + n * cell.h));
+                let y = top;
+                pixelsOf(shares, Math.max(1, bottom - top)).forEach((high, tier) => {
+                    context.fillStyle = page.run.colours[tier];
+                    context.fillRect(left / ratio, y / ratio, Math.max(1, right - left) / ratio, high / ratio);
+                    y += high;
+                });
             }
         }
         axes(context, inner, rows);
@@ -213,10 +229,14 @@ window.kv = window.kv || {};
         if (!page.isTokens && from === to) {
             lines.push(`tokens ${kv.count(begin)} to ${kv.count(begin + map.tokens[at.row] - 1)} of its sequence`);
         }
+        const shares = sharesOf(at.row, at.column);
+        const total = shares.reduce((sum, share) => sum + share, 0);
+        const split = shares.filter((share) => share).length > 1;
         const held = run.levels.map((tier, number) => {
             const count = counts[(at.row * columns + at.column) * tiers + number];
             const bytes = run.run.unit_bytes === null ? "slots" : window.dashAgGridFunctions.kvBytes(count * run.run.unit_bytes);
-            return count ? `${tier.name}: ${page.isTokens ? `${kv.count(count)} slots` : bytes}` : null;
+            const share = split ? ` (${Math.round((100 * shares[number]) / total)}% of what is shown)` : "";
+            return count ? `${tier.name}: ${page.isTokens ? `${kv.count(count)} slots` : bytes}${share}` : null;
         }).filter(Boolean);
         lines.push(...(held.length ? held : ["in no tier"]));
         lines.push(`${page.isTokens ? "slots fetched" : "accesses"}: ${kv.count(map.accesses[at.row])}`);
@@ -250,6 +270,9 @@ window.kv = window.kv || {};
 
     function inputs(machine) {
         const tiers = page.config.machines[machine];
+        /* The figures of a link are those of its machine. */
+        const asked = page.config.form.machine === machine ? (page.config.form.figures || "").split(" ").filter(Boolean).map(Number) : [];
+        let place = 0;
         kv.byId("tiers-figures").dataset.machine = machine;
         kv.byId("tiers-figures").replaceChildren(...tiers.map((tier) => {
             const group = kv.element("fieldset");
@@ -257,13 +280,23 @@ window.kv = window.kv || {};
             for (const [name, unit] of FIGURES) {
                 const label = kv.element("label", "", unit);
                 const input = kv.element("input");
-                Object.assign(input, { type: "number", min: 0, step: "any", value: tier[name] / 1e9 });
+                const value = asked[place] !== undefined && asked[place] >= 0 ? asked[place] : tier[name] / 1e9;
+                place += 1;
+                Object.assign(input, { type: "number", min: 0, step: "any", value });
+                input.addEventListener("change", saveFigures);
                 input.dataset.figure = name;
                 label.append(input);
                 group.append(label);
             }
             return group;
         }));
+    }
+
+    /* Figures that are not the machine's own are part of the link. */
+    function saveFigures() {
+        const all = [...kv.byId("tiers-figures").querySelectorAll("input")].map((input) => Number(input.value));
+        const own = page.config.machines[form.machine].flatMap((tier) => FIGURES.map(([name]) => tier[name] / 1e9));
+        kv.setQuery({ figures: all.some((value, n) => value !== own[n]) ? all.join(" ") : null });
     }
 
     const given = () => [...kv.byId("tiers-figures").children].map((group) =>
@@ -333,7 +366,12 @@ window.kv = window.kv || {};
             mount(config);
             form = { machine, place, policy, mode, load, overlap, prefetch, batch };
             const box = kv.byId("tiers-figures");
-            if (!box.children.length || box.dataset.machine !== machine) inputs(machine);
+            if (!box.children.length || box.dataset.machine !== machine) {
+                inputs(machine);
+                saveFigures();
+            }
+            kv.setQuery(Object.fromEntries(Object.entries(form).map(([name, value]) =>
+                [name, value === config.form.usual[name] ? null : value])));
             return kv.nothing();
         },
     });

@@ -88,6 +88,7 @@ def encode_history(history: PoolHistory) -> bytes:
     }
     requests = [
         {
+            "number": int(number),
             "name": history.names.get(int(number), str(number)),
             "prompt": history.prompt_tokens.get(int(number), 0),
             "arrival": history.arrival_step.get(int(number), first.get(int(number), 0)),

@@ -34,6 +34,8 @@ NAME = "Blocks"
 MAX_CARDS = 3
 SPEEDS = ("1", "4", "16", "64")
 COLOURS = (("request", "Request"), ("use", "Use"))
+#: Fields of the form, in the order in which the browser takes them.
+FORM = ("pool", "block_size", "max_batch", "admission", "policy", "preempt")
 SHARE = {"function": "kvShare(params.value)"}
 COLUMNS = [
     text_column("label", "Pool", minWidth=220, flex=1, tooltipField="settings"),
@@ -71,11 +73,10 @@ def register(app: Any, context: Context, order: int) -> None:
         Input("blocks-colour", "value"),
         Input("blocks-speed", "value"),
     )
-    names = ("pool", "block_size", "max_batch", "admission", "policy", "preempt")
     app.clientside_callback(
         dash.ClientsideFunction("blocks", "form"),
         Output("blocks-run-status", "title"),
-        *(Input(f"blocks-{name}", "value") for name in names),
+        *(Input(f"blocks-{name}", "value") for name in FORM),
     )
 
 
@@ -93,8 +94,9 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     if not rows and not trace.requests():
         return empty_state(
             "No blocks",
-            f"{trace.name} holds no event of a block and no request. Record continuous batching, "
-            "whose cache is made of blocks:",
+            f"{trace.name} holds no event of a block and no recorded request. Record continuous "
+            "batching, whose cache is made of blocks (of imported workloads kvtrace blocks asks "
+            "what a cache would have hit):",
             "kvtrace record -- transformers serve --continuous-batching --no-cb-use-cuda-graph",
         )
     known = [row["allocation_run"] for row in rows]
@@ -125,7 +127,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
         status_line("blocks-status"),
         player(one_of(query.get("speed"), SPEEDS, "4")),
         table(rows),
-        runner(),
+        runner(query),
     ]
 
 
@@ -162,8 +164,9 @@ def table(rows: list[dict[str, Any]]) -> Component:
     return panel("Results", grid, class_name="kv-flush")
 
 
-def runner() -> Component:
-    """The form that serves the same requests from other pools."""
+def runner(query: dict[str, str]) -> Component:
+    """The form that serves the same requests from other pools, as the URL has it."""
+    given = {name: (query.get(name) or "").split() for name in FORM}
     numbers = (
         ("pool", "Blocks of the pool", "64 128"),
         ("block_size", "Tokens of a block", "8 16"),
@@ -176,8 +179,8 @@ def runner() -> Component:
     )
     form = html.Div(
         [
-            *(field(label, _tags(name, hint)) for name, label, hint in numbers),
-            *(field(label, _choices(name, known)) for name, label, known in names),
+            *(field(label, _tags(name, hint, given[name])) for name, label, hint in numbers),
+            *(field(label, _choices(name, known, given[name])) for name, label, known in names),
             button("blocks-run", "Simulate", "Serve the same requests from it", "kv-primary"),
         ],
         className="kv-toolbar kv-runner",
@@ -194,10 +197,10 @@ def runner() -> Component:
     return panel("Other pools", [form, progress, status_line("blocks-run-status"), note])
 
 
-def _tags(name: str, hint: str) -> Component:
+def _tags(name: str, hint: str, given: list[str]) -> Component:
     return dmc.TagsInput(
         id=f"blocks-{name}",
-        value=[],
+        value=[text for text in given if text.isdecimal()],
         size="xs",
         splitChars=[" ", ","],
         placeholder=hint,
@@ -206,11 +209,11 @@ def _tags(name: str, hint: str) -> Component:
     )
 
 
-def _choices(name: str, known: Mapping[str, str]) -> Component:
+def _choices(name: str, known: Mapping[str, str], given: list[str]) -> Component:
     return dmc.MultiSelect(
         id=f"blocks-{name}",
         data=[{"value": value, "label": value} for value in known],
-        value=[],
+        value=[text for text in given if text in known],
         size="xs",
         placeholder="as recorded",
         className="kv-budgets-input",

@@ -44,6 +44,18 @@ BATCHES = [
     *({"value": str(n), "label": f"{n} at once"} for n in (1, 8, 32, 64, 128, 256)),
 ]
 
+#: What the form has where the URL says nothing.
+USUAL = {
+    "machine": MACHINE,
+    "place": BLOCKS,
+    "policy": "lru",
+    "mode": "evict",
+    "load": "cheaper",
+    "overlap": "yes",
+    "prefetch": "no",
+    "batch": "0",
+}
+
 BYTES = {"function": "kvBytes(params.value)"}
 COLUMNS = [
     text_column("name", "Tier", width=110, tooltipField="source"),
@@ -77,12 +89,11 @@ def register(app: Any, context: Context, order: int) -> None:
         Input("tiers-run", "value"),
         Input("tiers-request", "value"),
     )
-    names = ("machine", "place", "policy", "mode", "load", "overlap", "prefetch", "batch")
     app.clientside_callback(
         dash.ClientsideFunction("tiers", "form"),
         Output("tiers-start-status", "title"),
         Input("tiers-config", "data"),
-        *(Input(f"tiers-{name}", "value") for name in names),
+        *(Input(f"tiers-{name}", "value") for name in USUAL),
     )
 
 
@@ -109,6 +120,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
     numbers = tuple(str(one.request) for one in requests) or ("",)
     config = {
         "trace": trace_id,
+        "form": {name: query.get(name) for name in ("machine", "figures")} | {"usual": USUAL},
         "view": {name: query.get(name) for name in ("first", "count")},
         "machines": {name: _figures(read_hardware(name)) for name in shipped()},
     }
@@ -133,7 +145,7 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
         ),
         status_line("tiers-status"),
         html.Div(results(), id="tiers-results", hidden=chosen is None),
-        runner(trace),
+        runner(trace, query),
     ]
 
 
@@ -207,24 +219,40 @@ def table() -> Component:
     )
 
 
-def runner(trace: Trace) -> Component:
-    """The form that serves the workload from other memory."""
+def runner(trace: Trace, query: dict[str, str]) -> Component:
+    """The form that serves the workload from other memory, as the URL has it."""
     machines = [{"value": name, "label": text} for name, text in shipped().items()]
     replays = replay_options(in_order(replay_rows(trace)))
     places = [{"group": "Everything", "items": [{"value": BLOCKS, "label": "Whole blocks"}]}]
     yes_no = (("yes", "Yes"), ("no", "No"))
+    known: dict[str, list[Any]] = {
+        "machine": machines,
+        "place": [*places, *replays],
+        "policy": list(ORDERS),
+        "mode": list(MODES),
+        "load": list(LOADS),
+        "batch": BATCHES,
+    }
+    chosen = {
+        name: one_of(query.get(name), _values(known.get(name, ["yes", "no"])), usual)
+        for name, usual in USUAL.items()
+    }
+    shown = (
+        ("machine", "Machine", 330),
+        ("place", "What moves", 250),
+        ("policy", "Gives up", 130),
+        ("mode", "Moves down", 130),
+        ("load", "Loads", 110),
+        ("batch", "Decodes", 150),
+    )
     form = html.Div(
         [
-            field("Machine", select("tiers-machine", machines, MACHINE, 330, "Machine")),
-            field(
-                "What moves", select("tiers-place", [*places, *replays], BLOCKS, 250, "What moves")
+            *(
+                field(label, select(f"tiers-{name}", known[name], chosen[name], width, label))
+                for name, label, width in shown
             ),
-            field("Gives up", select("tiers-policy", list(ORDERS), "lru", 130, "Gives up")),
-            field("Moves down", select("tiers-mode", list(MODES), "evict", 130, "Moves down")),
-            field("Loads", select("tiers-load", list(LOADS), "cheaper", 110, "Loads")),
-            field("Decodes", select("tiers-batch", BATCHES, "0", 150, "Decodes")),
-            field("Overlap", segmented("tiers-overlap", yes_no, "yes")),
-            field("Prefetch", segmented("tiers-prefetch", yes_no, "no")),
+            field("Overlap", segmented("tiers-overlap", yes_no, chosen["overlap"])),
+            field("Prefetch", segmented("tiers-prefetch", yes_no, chosen["prefetch"])),
         ],
         className="kv-toolbar",
     )
@@ -238,3 +266,16 @@ def runner(trace: Trace) -> Component:
     return panel(
         "Other memory", [form, figures, start, progress, status_line("tiers-start-status")]
     )
+
+
+def _values(options: list[Any]) -> tuple[str, ...]:
+    """Values of a drop-down, grouped or not."""
+    found: list[str] = []
+    for option in options:
+        if isinstance(option, str):
+            found.append(option)
+        elif "items" in option:
+            found += _values(option["items"])
+        else:
+            found.append(option["value"])
+    return tuple(found)
