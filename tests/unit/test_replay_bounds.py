@@ -133,7 +133,7 @@ def test_taking_more_than_the_budgets_sum_is_seen(budget: str, beyond: bool) -> 
     bounds = MovingBounds(1)
     found = run(some_heads(1, 20, 10, [1, 1]), Greedy(window=2), budget, "step")
     bounds.add(0, found)
-    bounds.end_request(found)
+    bounds.end_request()
     assert bounds.beyond[0] == beyond
     assert np.isnan(bounds.of_model[0])
 

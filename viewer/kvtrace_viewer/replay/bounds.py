@@ -91,11 +91,13 @@ class MovingBounds:
         self.beyond = np.zeros(self.pairs, np.bool_)
         self._seen: dict[int, list[Foreseen]] = {}
         self._excess: dict[int, Longs] = {}
+        self._columns: list[slice] = []
 
     def add(self, layer: int, heads: Sequence[HeadReplay]) -> None:
         """Add a layer of the request that is replayed."""
         total = self.of_layers.setdefault(layer, np.zeros(self.pairs))
         bounds = np.full(self.pairs, np.nan)
+        self._columns = [run.columns for run in heads[0].runs]
         for r, run in enumerate(heads[0].runs):
             states = [head.runs[r] for head in heads]
             seen = [one.foreseen() for one in states]
@@ -108,14 +110,14 @@ class MovingBounds:
                 self._excess[r] = excess + self._excess.get(r, np.int64(0))
         total += bounds
 
-    def end_request(self, heads: Sequence[HeadReplay]) -> None:
-        """Bound all layers together; `heads` are any layer's."""
+    def end_request(self) -> None:
+        """Bound all layers together."""
         bounds = np.full(self.pairs, np.nan)
-        for r, run in enumerate(heads[0].runs):
+        for r, columns in enumerate(self._columns):
             if r in self._seen:
-                bounds[run.columns] = bound_together(self._seen[r])
+                bounds[columns] = bound_together(self._seen[r])
             if r in self._excess:
-                self.beyond[run.columns] |= (self._excess[r] > 0).any(axis=0)
+                self.beyond[columns] |= (self._excess[r] > 0).any(axis=0)
         self.of_model += bounds
         self._seen, self._excess = {}, {}
 

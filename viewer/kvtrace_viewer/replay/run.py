@@ -232,23 +232,36 @@ class _Work:
                 replace(head, surveys=surveys) for head in self.heads(layer, request, num_layers)
             ]
             unmeasured |= without_query(heads)
-            replays = replay_layer(heads, runs, self.measures, pool, passed)
-            for replayed in replays:
-                self._collect(replayed, rows, steps)
-            self.moving.add(layer, replays)
-            for p, reads in layer_reads(replays).items():
-                self.reads[p].setdefault(request.request, {})[layer] = reads
-            if self.ropes is not None:
-                rope = self.ropes[layer]
-                measured = pool.map(lambda r: measure_rerotated(r, rope), replays)  # noqa: B023
-                for head, found in zip(heads, measured, strict=True):
-                    at = (layer, head.kv_head)
-                    self.rerotated[at] = (
-                        self.rerotated[at] + found if at in self.rerotated else found
-                    )
-        self.moving.end_request(replays)
+            self._add_layer(request.request, heads, runs, rows, steps, pool, passed)
+        self.moving.end_request()
         held = self.held[request.request]
         self.left_out += left_out_rows(recorded, request.tokens, unmeasured, held)
+
+    def _add_layer(
+        self,
+        request: int,
+        heads: list[Head],
+        runs: list[Run],
+        rows: NDArray[np.int64],
+        steps: StepTotals,
+        pool: Executor,
+        passed: Callable[[int], None],
+    ) -> None:
+        """Replay one layer of a request; what its caches took is free again afterwards."""
+        layer = heads[0].layer
+        replays = replay_layer(heads, runs, self.measures, pool, passed)
+        for replayed in replays:
+            self._collect(replayed, rows, steps)
+        self.moving.add(layer, replays)
+        for p, reads in layer_reads(replays).items():
+            self.reads[p].setdefault(request, {})[layer] = reads
+        if self.ropes is None:
+            return
+        rope = self.ropes[layer]
+        measured = pool.map(lambda replayed: measure_rerotated(replayed, rope), replays)
+        for head, found in zip(heads, measured, strict=True):
+            at = (layer, head.kv_head)
+            self.rerotated[at] = self.rerotated[at] + found if at in self.rerotated else found
 
     def _whole(self, request: Request) -> Request:
         """The request as far as its rows can be replayed."""
