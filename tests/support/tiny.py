@@ -42,6 +42,13 @@ def greedy(model: Any, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
 
 
 def gaps(path: Path) -> list[dict[str, Any]]:
-    """Rows of table `gaps`."""
-    found: list[dict[str, Any]] = kvtrace.open(path).table("gaps").to_pylist()
-    return found
+    """Rows of table `gaps`, those of one reason as one.
+
+    A reason that lasts has a row a commit, and when the writer commits is a matter of time.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for gap in kvtrace.open(path).table("gaps").to_pylist():
+        first = found.setdefault((gap["what"], gap["reason"]), gap)
+        if first is not gap:
+            first["count"] += gap["count"]
+    return list(found.values())
