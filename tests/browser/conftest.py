@@ -153,11 +153,30 @@ class Browser:
             if value:
                 return value
             time.sleep(0.05)
-        raise AssertionError(f"not within {TIMEOUT_S} s: {code}\n{self.errors()}")
+        shown = self.js("return document.body.innerText.slice(0, 3000)")
+        address = self.js("return location.href")
+        raise AssertionError(
+            f"not within {TIMEOUT_S} s: {code}\n{self.errors()}\n{address}\n{shown}"
+        )
 
     def find(self, selector: str) -> WebElement:
         self.until("document.querySelector(arguments[0])", selector)
         return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def click(self, selector: str) -> None:
+        """Click an element once it has stayed at its place: what loads above it moves it."""
+        self.find(selector)
+        last = None
+        for _ in range(100):
+            now = self.js(
+                "return document.querySelector(arguments[0]).getBoundingClientRect().top + scrollY",
+                selector,
+            )
+            if now == last:
+                break
+            last = now
+            time.sleep(0.3)
+        self.find(selector).click()
 
     def text(self, selector: str) -> str:
         return str(self.js("return document.querySelector(arguments[0]).innerText", selector))

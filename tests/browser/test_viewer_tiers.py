@@ -29,7 +29,7 @@ def test_runs_are_served_shown_and_kept(browser: Browser, address: str, trace: T
     browser.until("document.querySelector('#tiers-status')?.innerText.startsWith('No run yet')")
     browser.until("document.querySelectorAll('#tiers-figures fieldset').length === 4")
     # Room for so few blocks beside the weights that they move.
-    browser.find("#tiers-start").click()
+    browser.click("#tiers-start")
     browser.until(f"document.querySelectorAll('{GRID}').length === 4")
     browser.until(f"{MAP}.dataset.rows > 0")
     [run] = trace.table("tier_runs").to_pylist()
@@ -46,7 +46,7 @@ def test_runs_are_served_shown_and_kept(browser: Browser, address: str, trace: T
     assert "accesses: 1" in tip
     # Its tokens, by a replay.
     choose(browser, "tiers-place", REPLAY.split("-", maxsplit=1)[0] + " · 25%")
-    browser.find("#tiers-start").click()
+    browser.click("#tiers-start")
     browser.until(f"document.querySelectorAll('{GRID}').length === 2")
     placed = next(row for row in trace.table("tier_runs").to_pylist() if row["kind"] == "tokens")
     assert placed["replay"] == REPLAY
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said(browser: Browser, address: str) -> None:
     browser.until("document.querySelectorAll('#tiers-figures input').length > 3")
     # No room for the weights.
     browser.js("document.querySelector('#tiers-figures input').value = '0'")
-    browser.find("#tiers-start").click()
+    browser.click("#tiers-start")
     browser.until("document.querySelector('#tiers-start-status').innerText.includes('do not hold')")
 
 

@@ -40,13 +40,16 @@ shape = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_lay
              max_position_embeddings=1024)
 model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 prompt = torch.arange(1, 13)[None]
 for line in sys.stdin:
-    path, tokens = line.split()
+    path, tokens, *held = line.split()
     if os.fork():
         continue
     with record(model, path, on_full="wait", progress=False, command=["killed"]) as recording:
         print(os.getpid(), recording.writer_pid, flush=True)
+        if held:
+            signal.sigwait([signal.SIGUSR1])
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
                              max_new_tokens=int(tokens), min_new_tokens=int(tokens))
     print("done", int(out.sum()), flush=True)
@@ -68,10 +71,13 @@ class Host:
         # What the children say last stands in a pipe that nobody else reads.
         self.lines: Any = self._process.stdout
 
-    def start(self, path: Path) -> tuple[int, int]:
-        """Begin to record into a new trace; the host's and the writer's process."""
+    def start(self, path: Path, held: str = "") -> tuple[int, int]:
+        """Begin to record into a new trace; the host's and the writer's process.
+
+        With `held`, the model does nothing before the host is sent SIGUSR1.
+        """
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{path} {TOKENS}\n")
+        self._process.stdin.write(f"{path} {TOKENS} {held}\n")
         self._process.stdin.flush()
         host, writer = self.lines.readline().split()
         return int(host), int(writer)
@@ -221,16 +227,15 @@ def test_a_full_disk_ends_the_recording_and_not_the_program(
     host: Host, whole: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     path = tmp_path / "x.kvtrace"
-    recorder, writer = host.start(path)
-    reader = Reader(path, whole)
-    while reader.rows < 20:
-        reader.read()
+    recorder, writer = host.start(path, "held")
     # No file of the writer's may grow past so many bytes: the system refuses as a full disk does.
-    size = (path / "rank-00000/journal").stat().st_size + 2000
+    # A chunk of all the rows is larger.
+    size = 12_000
     resource.prlimit(writer, resource.RLIMIT_FSIZE, (size, size))
+    os.kill(recorder, signal.SIGUSR1)
     assert host.lines.readline().startswith("done")
     trace = wait_until_sealed(path)
     assert trace.status == "cut off"
-    assert reader.rows <= assert_prefix(trace, whole) < len(whole["tokens"])
+    assert assert_prefix(trace, whole) < len(whole["tokens"])
     assert check(path).status is Status.CUT_OFF
     assert recorder != writer
