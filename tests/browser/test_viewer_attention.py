@@ -149,7 +149,7 @@ def test_the_address_restores_the_view_in_a_fresh_browser(
 def test_exports_are_saved(browser: Browser, address: str, trace: Trace) -> None:
     show(browser, address, "&layer=0&head=1")
     for kind in ("png", "csv", "npz"):
-        browser.find(f"#attention-{kind}").click()
+        browser.click(f"#attention-{kind}")
         path = (
             browser.downloads
             / f"{'attention' if kind == 'png' else 'run'}-request0-layer0-head1.{kind}"

@@ -45,7 +45,7 @@ def test_the_grid_is_the_recorded_pool_at_every_step(
         found = browser.data(".kv-pool")
         assert int(found["held"]) == expected.held[step]
         assert int(found["cached"]) == expected.cached[step]
-        browser.find("#blocks-forward" if step < 6 else "#blocks-first").click()
+        browser.click("#blocks-forward" if step < 6 else "#blocks-first")
         if step == 6:
             browser.until(f"{CARD}.step === '0'")
             break
@@ -83,7 +83,7 @@ def test_other_pools_are_simulated_beside_it(
     browser.until(CARDS, 1)
     tags = browser.find("#blocks-pool")
     tags.send_keys("30 100000 ")
-    browser.find("#blocks-run").click()
+    browser.click("#blocks-run")
     browser.until(CARDS, 3)
     rows = trace.sql("select allocation_run, pool from allocation_runs where kind = 'what-if'")
     assert sorted(rows["pool"].to_pylist()) == [30, 100_000]
@@ -102,5 +102,5 @@ def test_other_pools_are_simulated_beside_it(
 def test_without_blocks_the_page_says_what_to_do(browser: Browser, address: str) -> None:
     browser.open(f"{address}/blocks?trace=run.kvtrace")
     browser.until("document.querySelector('#blocks-status')?.innerText.includes('simulate a pool')")
-    browser.find("#blocks-run").click()
+    browser.click("#blocks-run")
     browser.until("document.querySelector('#blocks-run-status').innerText.includes('--pool 256')")

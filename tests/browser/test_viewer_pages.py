@@ -70,7 +70,7 @@ def test_the_list_shows_a_damaged_trace_and_why(browser: Browser, address: str) 
 def test_a_click_opens_a_trace(browser: Browser, address: str) -> None:
     browser.open(address)
     browser.until(READY["/"])
-    browser.find("#runs-grid .ag-row a").click()
+    browser.click("#runs-grid .ag-row a")
     browser.until("location.pathname === '/attention'")
     browser.until(READY["/attention"])
 
@@ -110,21 +110,21 @@ def test_dark_is_dark_everywhere_and_stays(browser: Browser, address: str) -> No
     light = browser.js("return document.querySelector('.kv-card canvas').toDataURL()")
     plot = "document.querySelector('#replay-mass .js-plotly-plot').layout.font.color"
     ink = browser.until(plot)
-    browser.find("#color-scheme").click()
+    browser.click("#color-scheme")
     browser.until(f"{luminance} < 40")
     browser.until(f"{plot} !== arguments[0]", ink)
     browser.until("document.querySelector('.kv-card canvas').toDataURL() !== arguments[0]", light)
     browser.open(address + "/sql")
     browser.until(READY["/sql"])
     assert browser.js(f"return {luminance}") < 40
-    browser.find("#color-scheme").click()
+    browser.click("#color-scheme")
     browser.until(f"{luminance} > 200")
 
 
 def test_picking_a_trace_shows_it_on_the_same_page(browser: Browser, address: str) -> None:
     browser.open(f"{address}/sql?trace=broken.kvtrace")
     browser.until("document.querySelector('.kv-empty')")
-    browser.find("#trace-picker").click()
+    browser.click("#trace-picker")
     option = (
         "[...document.querySelectorAll('[role=option]')].find((one) => one.innerText === 'run')"
     )

@@ -40,23 +40,23 @@ def test_play_moves_one_clock_for_all_and_cells_equal_the_result(
     start = shown_time(browser)
     assert start == trace.requests()[0].prompt_tokens
     check_cards(browser, trace, 1, 1)
-    browser.find("#replay-play").click()
+    browser.click("#replay-play")
     browser.until(
         "Number(document.getElementById('replay-cards').dataset.time) > arguments[0]", start + 5
     )
-    browser.find("#replay-play").click()
+    browser.click("#replay-play")
     browser.until("document.getElementById('replay-play').innerText === 'Play'")
     check_cards(browser, trace, 1, 1)
     at = shown_time(browser)
-    browser.find("#replay-back").click()
+    browser.click("#replay-back")
     browser.until(
         "document.getElementById('replay-cards').dataset.time === arguments[0]", str(at - 1)
     )
     check_cards(browser, trace, 1, 1)
-    browser.find("#replay-first").click()
+    browser.click("#replay-first")
     browser.until("document.getElementById('replay-cards').dataset.time === '0'")
     check_cards(browser, trace, 1, 1)
-    browser.find("#replay-last").click()
+    browser.click("#replay-last")
     browser.until(
         "document.getElementById('replay-cards').dataset.time === arguments[0]", str(trace.rows - 1)
     )

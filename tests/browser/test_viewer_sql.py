@@ -38,7 +38,7 @@ def test_a_mistake_is_one_line_and_empties_the_grid(browser: Browser, address: s
     browser.open(f"{address}/sql?trace=run.kvtrace")
     browser.find("#sql-text")
     write(browser, "select nothing from rows")
-    browser.find("#sql-run").click()
+    browser.click("#sql-run")
     line = browser.until(
         "document.getElementById('sql-status').className.includes('error') && "
         "document.getElementById('sql-status').innerText"
@@ -66,7 +66,7 @@ def test_the_address_restores_question_and_answer(
     browser.open(f"{address}/sql?trace=run.kvtrace")
     browser.find("#sql-text")
     write(browser, sql)
-    browser.find("#sql-run").click()
+    browser.click("#sql-run")
     browser.until(f"{ROWS} === 7")
     fresh = new_browser()
     fresh.open(f"{address}/sql{browser.query()}")
@@ -78,7 +78,7 @@ def test_the_address_restores_question_and_answer(
 
 def test_examples_are_offered(browser: Browser, address: str) -> None:
     browser.open(f"{address}/sql?trace=run.kvtrace")
-    browser.find("#sql-examples").click()
+    browser.click("#sql-examples")
     option = (
         "[...document.querySelectorAll('[role=option]')]"
         ".find((option) => option.innerText === 'Most frequent tokens')"

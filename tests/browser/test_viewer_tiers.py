@@ -16,7 +16,7 @@ GRID = "#tiers-grid .ag-center-cols-container .ag-row"
 
 def choose(browser: Browser, select: str, label: str) -> None:
     """Choose an option of a drop-down by its words."""
-    browser.find(f"#{select}").click()
+    browser.click(f"#{select}")
     option = (
         "[...document.querySelectorAll('[role=option]')].find((o) => o.innerText === arguments[0])"
     )
