@@ -108,3 +108,12 @@ def empty_state(title: str, text: str, command: str | None = None) -> Component:
 def status_line(line_id: str) -> Component:
     """A line for errors and notices of a page, filled in the browser."""
     return html.Div(id=line_id, className="kv-status", role="status")
+
+
+def work_line(button_id: str) -> list[Component]:
+    """How far the work is that a button started, and what came of it; see assets/work.js."""
+    bar = html.Div(id=f"{button_id}-bar", className="kv-progress-bar")
+    return [
+        html.Div([bar], id=f"{button_id}-progress", className="kv-progress"),
+        status_line(f"{button_id}-status"),
+    ]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import dash_ag_grid as dag
+
+from kvtrace_viewer.components import Component
+
 THEME = (
     "themeQuartz.withParams({"
     "backgroundColor: 'var(--surface)', foregroundColor: 'var(--text)', "
@@ -24,6 +28,49 @@ GRID_OPTIONS: dict[str, Any] = {
     "ensureDomOrder": True,
     "suppressCellFocus": False,
 }
+
+
+#: Of every column that says nothing else.
+COLUMN = {"sortable": True, "resizable": True, "suppressMovable": True}
+
+
+def grid(
+    grid_id: str,
+    columns: list[dict[str, Any]],
+    nothing: str = "",
+    *,
+    height: int | str | None = None,
+    options: dict[str, Any] | None = None,
+    **more: Any,
+) -> Component:
+    """A grid of the house's looks.
+
+    Parameters
+    ----------
+    nothing : str
+        Stands where there are no rows.
+    height : int or str, optional
+        Pixels, or of CSS; as high as its rows without it.
+    options : dict, optional
+        Further options of AG Grid.
+    **more
+        Of `dash_ag_grid.AgGrid`.
+    """
+    chosen = {**GRID_OPTIONS, "localeText": {"noRowsToShow": nothing}, **(options or {})}
+    if height is None:
+        chosen["domLayout"] = "autoHeight"
+    return dag.AgGrid(
+        **{
+            "id": grid_id,
+            "rowData": [],
+            "columnDefs": columns,
+            "defaultColDef": COLUMN,
+            "dashGridOptions": chosen,
+            "className": "kv-grid",
+            "style": {"height": height, "width": "100%"},
+            **more,
+        }
+    )
 
 
 def text_column(name: str, title: str, **more: Any) -> dict[str, Any]:

@@ -4,7 +4,6 @@ window.kv = window.kv || {};
 
 (function (kv) {
     const STATUS = "blocks-status";
-    const POLL_MS = 300;
     const MAX_TEXT = 160;
     let page = null;
 
@@ -178,26 +177,8 @@ window.kv = window.kv || {};
 
     /* ---- other pools ---- */
 
-    async function run() {
-        const button = kv.byId("blocks-run");
-        button.disabled = true;
-        kv.say("blocks-run-status", "Simulating…", "info");
-        try {
-            let job = await kv.post("pools", { trace: page.config.trace, ...page.form });
-            while (job.state === "running") {
-                progress(job.share);
-                await new Promise((done) => setTimeout(done, POLL_MS));
-                job = await kv.json(`jobs/${job.id}`, {});
-            }
-            if (job.state === "failed") throw new Error(job.error);
-            await finished(job.results);
-        } catch (error) {
-            kv.say("blocks-run-status", error.message);
-        } finally {
-            button.disabled = false;
-            progress(null);
-        }
-    }
+    const run = () =>
+        kv.work("blocks-run", "Simulating…", "pools", { trace: page.config.trace, ...page.form }, finished);
 
     async function finished(results) {
         const rows = await kv.json("pools", { trace: page.config.trace });
@@ -207,12 +188,7 @@ window.kv = window.kv || {};
             data: rows.map((row) => ({ value: row.allocation_run, label: row.label })),
             value: [...new Set([...kept, ...results])].slice(0, 3),
         });
-        kv.say("blocks-run-status", `Stored ${results.length} pool${results.length === 1 ? "" : "s"}.`, "good");
-    }
-
-    function progress(share) {
-        kv.byId("blocks-run-progress").classList.toggle("kv-running", share !== null);
-        kv.byId("blocks-run-bar").style.width = `${100 * (share || 0)}%`;
+        return `Stored ${results.length} pool${results.length === 1 ? "" : "s"}.`;
     }
 
     const numbers = (texts) => (texts || []).map((text) => {

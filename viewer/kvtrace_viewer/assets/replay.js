@@ -4,7 +4,6 @@ window.kv = window.kv || {};
 
 (function (kv) {
     const STATUS = "replay-status";
-    const POLL_MS = 400;
     let page = null;
 
     /* ---- mounting ---- */
@@ -274,35 +273,13 @@ window.kv = window.kv || {};
 
     /* ---- running new replays ---- */
 
-    async function run() {
-        const form = page.form;
-        const button = kv.byId("replay-run");
-        button.disabled = true;
-        progress(0);
-        kv.say("replay-run-status", "Replaying…", "info");
-        try {
-            const job = await follow(await kv.post("replays", {
-                trace: page.config.trace, policies: form.policies, budgets: form.budgets,
-                when: form.when === "default" ? null : form.when,
-                request: Number(page.asked.request),
-            }));
-            await finished(job.results);
-        } catch (error) {
-            kv.say("replay-run-status", error.message);
-        } finally {
-            button.disabled = false;
-            progress(null);
-        }
-    }
-
-    async function follow(job) {
-        while (job.state === "running") {
-            progress(job.share);
-            await new Promise((done) => setTimeout(done, POLL_MS));
-            job = await kv.json(`jobs/${job.id}`, {});
-        }
-        if (job.state === "failed") throw new Error(job.error);
-        return job;
+    function run() {
+        const { policies, budgets, when } = page.form;
+        const body = {
+            trace: page.config.trace, policies, budgets, when: when === "default" ? null : when,
+            request: Number(page.asked.request),
+        };
+        kv.work("replay-run", "Replaying…", "replays", body, finished);
     }
 
     async function finished(results) {
@@ -312,7 +289,7 @@ window.kv = window.kv || {};
         page.asked = null;
         kv.setProps("replay-grid", { rowData: rows });
         kv.setProps("replay-chosen", { data: options(rows), value: results.slice(0, 6) });
-        kv.say("replay-run-status", `Stored ${results.length} replay${results.length === 1 ? "" : "s"}.`, "good");
+        return `Stored ${results.length} replay${results.length === 1 ? "" : "s"}.`;
     }
 
     function options(rows) {
@@ -323,12 +300,6 @@ window.kv = window.kv || {};
             groups.get(group).push({ value: row.replay, label: row.label });
         }
         return [...groups].map(([group, items]) => ({ group, items }));
-    }
-
-    function progress(share) {
-        const box = kv.byId("replay-run-progress");
-        box.classList.toggle("kv-running", share !== null);
-        kv.byId("replay-run-bar").style.width = `${100 * (share || 0)}%`;
     }
 
     /* ---- input ---- */

@@ -4,7 +4,6 @@ window.kv = window.kv || {};
 
 (function (kv) {
     const STATUS = "tiers-status";
-    const POLL_MS = 300;
     const MARGIN = { left: 78, bottom: 34, right: 8, top: 6 };
     const HEIGHT = 380;
     let page = null;
@@ -305,40 +304,17 @@ window.kv = window.kv || {};
             return [input.dataset.figure, input.dataset.figure === "capacity" ? Math.round(value) : value];
         })));
 
-    function progress(share) {
-        kv.byId("tiers-progress").classList.toggle("kv-running", share !== null);
-        kv.byId("tiers-bar").style.width = `${100 * (share || 0)}%`;
-    }
-
-    kv.actions["tiers-start"] = async function () {
-        const start = kv.byId("tiers-start");
-        start.disabled = true;
-        progress(0);
-        kv.say("tiers-start-status", "Serving…", "info");
-        try {
-            const { place, overlap, prefetch, batch, ...rest } = form;
-            let job = await kv.post("tiers", {
-                trace: page.config.trace, tiers: given(), ...rest,
-                overlap: overlap === "yes", prefetch: prefetch === "yes", max_batch: Number(batch),
-                replay: place === "blocks" ? null : place,
-            });
-            while (job.state === "running") {
-                progress(job.share);
-                await new Promise((done) => setTimeout(done, POLL_MS));
-                job = await kv.json(`jobs/${job.id}`, {});
-            }
-            if (job.state === "failed") throw new Error(job.error);
-            await listed(job.results[0]);
-            kv.say("tiers-start-status", "Kept beside the trace.", "good");
-        } catch (error) {
-            kv.say("tiers-start-status", error.message);
-        } finally {
-            start.disabled = false;
-            progress(null);
-        }
+    kv.actions["tiers-start"] = function () {
+        const { place, overlap, prefetch, batch, ...rest } = form;
+        const body = {
+            trace: page.config.trace, tiers: given(), ...rest,
+            overlap: overlap === "yes", prefetch: prefetch === "yes", max_batch: Number(batch),
+            replay: place === "blocks" ? null : place,
+        };
+        return kv.work("tiers-start", "Serving…", "tiers", body, listed);
     };
 
-    async function listed(name) {
+    async function listed([name]) {
         const rows = await kv.json("tiers", { trace: page.config.trace });
         const group = (kind, title) => ({
             group: title,
@@ -348,6 +324,7 @@ window.kv = window.kv || {};
         kv.setProps("tiers-run", { data: data.filter((one) => one.items.length), value: name });
         /* The same name again is the same choice: no callback comes. */
         if (page.name === name) show();
+        return "Kept beside the trace.";
     }
 
     kv.onScheme(() => page && page.canvas.isConnected && page.name && show());

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import dash
-import dash_ag_grid as dag
 import dash_mantine_components as dmc
 from dash import Input, Output, dcc, html
 
@@ -23,10 +22,11 @@ from kvtrace_viewer.components import (
     segmented,
     status_line,
     transport,
+    work_line,
 )
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.pools import pool_runs
-from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
+from kvtrace_viewer.grids import grid, number_column, text_column
 from kvtrace_viewer.pages.common import one_of, with_trace
 
 PATH = "/blocks"
@@ -147,21 +147,14 @@ def player(speed: str) -> Component:
 
 def table(rows: list[dict[str, Any]]) -> Component:
     """What each pool came to."""
-    grid = dag.AgGrid(
-        id="blocks-grid",
+    rows_grid = grid(
+        "blocks-grid",
+        COLUMNS,
+        "No pool yet: simulate one below",
         rowData=rows,
-        columnDefs=COLUMNS,
-        defaultColDef={"sortable": True, "resizable": True, "suppressMovable": True},
-        dashGridOptions={
-            **GRID_OPTIONS,
-            "domLayout": "autoHeight",
-            "localeText": {"noRowsToShow": "No pool yet: simulate one below"},
-        },
         getRowId="params.data.allocation_run",
-        className="kv-grid",
-        style={"height": None, "width": "100%"},
     )
-    return panel("Results", grid, class_name="kv-flush")
+    return panel("Results", rows_grid, class_name="kv-flush")
 
 
 def runner(query: dict[str, str]) -> Component:
@@ -185,16 +178,11 @@ def runner(query: dict[str, str]) -> Component:
         ],
         className="kv-toolbar kv-runner",
     )
-    progress = html.Div(
-        [html.Div(id="blocks-run-bar", className="kv-progress-bar")],
-        id="blocks-run-progress",
-        className="kv-progress",
-    )
     note = html.P(
         "What is left empty stays as recorded; of several values every combination is simulated.",
         className="kv-note",
     )
-    return panel("Other pools", [form, progress, status_line("blocks-run-status"), note])
+    return panel("Other pools", [form, *work_line("blocks-run"), note])
 
 
 def _tags(name: str, hint: str, given: list[str]) -> Component:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import dash
-import dash_ag_grid as dag
 from dash import Input, Output, State, dcc, html
 
 from kvtrace.cached import cached_requests
@@ -17,7 +16,7 @@ from kvtrace_viewer.components import Component, empty_state, field, panel, sele
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.results import replay_rows
 from kvtrace_viewer.derived.wanted import query_wants, wanted_tokens
-from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
+from kvtrace_viewer.grids import grid, number_column, text_column
 from kvtrace_viewer.pages.common import choose_request, request_options, with_trace
 from kvtrace_viewer.pages.replay import in_order, replay_options
 
@@ -138,39 +137,24 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
         panel(
             "Evicted and wanted later",
             dcc.Loading(
-                grid("regret-tokens", TOKEN_COLUMNS, "Nothing that was evicted was wanted")
+                choice_grid("regret-tokens", TOKEN_COLUMNS, "Nothing that was evicted was wanted")
             ),
             aside=html.Span(id="regret-summary", className="kv-note"),
             class_name="kv-flush",
         ),
         panel(
             "Who wanted it",
-            grid("regret-queries", QUERY_COLUMNS, "No token is chosen"),
+            choice_grid("regret-queries", QUERY_COLUMNS, "No token is chosen"),
             aside=html.Span(HINT, id="regret-asked", className="kv-note"),
             class_name="kv-flush",
         ),
     ]
 
 
-def grid(grid_id: str, columns: list[dict[str, Any]], nothing: str) -> Component:
+def choice_grid(grid_id: str, columns: list[dict[str, Any]], nothing: str) -> Component:
     """A grid of which one row can be chosen."""
-    return dag.AgGrid(
-        id=grid_id,
-        rowData=[],
-        columnDefs=columns,
-        defaultColDef={"sortable": True, "resizable": True, "suppressMovable": True},
-        dashGridOptions={
-            **GRID_OPTIONS,
-            "rowSelection": {
-                "mode": "singleRow",
-                "checkboxes": False,
-                "enableClickSelection": True,
-            },
-            "localeText": {"noRowsToShow": nothing},
-        },
-        className="kv-grid",
-        style={"height": 340, "width": "100%"},
-    )
+    one_row = {"mode": "singleRow", "checkboxes": False, "enableClickSelection": True}
+    return grid(grid_id, columns, nothing, height=340, options={"rowSelection": one_row})
 
 
 def show_tokens(

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import dash
-import dash_ag_grid as dag
 import dash_mantine_components as dmc
 from dash import Input, Output, dcc, html
 
@@ -22,6 +21,7 @@ from kvtrace_viewer.components import (
     select,
     status_line,
     transport,
+    work_line,
 )
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.policies import PolicyHelp, policy_help
@@ -29,7 +29,7 @@ from kvtrace_viewer.derived.results import replay_rows
 from kvtrace_viewer.figures.budget_curve import budget_curve
 from kvtrace_viewer.figures.graph import graph
 from kvtrace_viewer.figures.retained_mass import retained_mass
-from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
+from kvtrace_viewer.grids import grid, number_column, text_column
 from kvtrace_viewer.pages.common import (
     choose_request,
     one_of,
@@ -263,21 +263,14 @@ def player(speed: str) -> Component:
 
 def table(rows: list[dict[str, Any]]) -> Component:
     """Every stored result."""
-    grid = dag.AgGrid(
-        id="replay-grid",
+    rows_grid = grid(
+        "replay-grid",
+        COLUMNS,
+        "No replay is stored in this trace yet",
         rowData=rows,
-        columnDefs=COLUMNS,
-        defaultColDef={"sortable": True, "resizable": True, "suppressMovable": True},
-        dashGridOptions={
-            **GRID_OPTIONS,
-            "domLayout": "autoHeight",
-            "localeText": {"noRowsToShow": "No replay is stored in this trace yet"},
-        },
         getRowId="params.data.replay",
-        className="kv-grid",
-        style={"height": None, "width": "100%"},
     )
-    return panel("Results", grid, class_name="kv-flush")
+    return panel("Results", rows_grid, class_name="kv-flush")
 
 
 def runner() -> Component:
@@ -315,14 +308,9 @@ def runner() -> Component:
         ],
         className="kv-toolbar kv-runner",
     )
-    progress = html.Div(
-        [html.Div(id="replay-run-bar", className="kv-progress-bar")],
-        id="replay-run-progress",
-        className="kv-progress",
-    )
     return panel(
         "Replay other policies",
-        [form, progress, status_line("replay-run-status"), policy_list(policies)],
+        [form, *work_line("replay-run"), policy_list(policies)],
     )
 
 

@@ -6,13 +6,12 @@ from functools import partial
 from typing import Any
 
 import dash
-import dash_ag_grid as dag
 from dash import Input, Output, dcc, html
 
 from kvtrace_viewer.components import Component, status_line
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.summary import summaries
-from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
+from kvtrace_viewer.grids import grid, number_column, text_column
 from kvtrace_viewer.pages.common import no_traces
 
 PATH = "/"
@@ -63,16 +62,7 @@ def layout(context: Context, **_query: str) -> Component:
     rows = summaries(context.library)
     if not rows:
         return html.Div(no_traces(context.library), className="kv-page")
-    grid = dag.AgGrid(
-        id="runs-grid",
-        rowData=rows,
-        columnDefs=COLUMNS,
-        defaultColDef={"sortable": True, "resizable": True, "suppressMovable": True},
-        dashGridOptions={**GRID_OPTIONS, "domLayout": "autoHeight"},
-        getRowId="params.data.id",
-        className="kv-grid",
-        style={"height": None, "width": "100%"},
-    )
+    rows_grid = grid("runs-grid", COLUMNS, rowData=rows, getRowId="params.data.id")
     count = f"{len(rows)} trace{'' if len(rows) == 1 else 's'}"
     return html.Div(
         [
@@ -80,7 +70,7 @@ def layout(context: Context, **_query: str) -> Component:
                 [html.H1("Runs"), html.Span(f"{count} under {context.library.root}")],
                 className="kv-title",
             ),
-            panel_of(grid),
+            panel_of(rows_grid),
             status_line("runs-status"),
             dcc.Interval(id="runs-refresh", interval=REFRESH_MS),
         ],
@@ -88,6 +78,6 @@ def layout(context: Context, **_query: str) -> Component:
     )
 
 
-def panel_of(grid: Component) -> Component:
+def panel_of(rows_grid: Component) -> Component:
     """The grid in its box."""
-    return html.Section(grid, className="kv-panel kv-panel-flush")
+    return html.Section(rows_grid, className="kv-panel kv-panel-flush")

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import dash
-import dash_ag_grid as dag
 import dash_mantine_components as dmc
 from dash import Input, Output, dcc, html
 
@@ -14,7 +13,7 @@ from kvtrace.trace import Trace
 from kvtrace_viewer.components import Component, button, panel, status_line
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.catalog import Table, tables
-from kvtrace_viewer.grids import GRID_OPTIONS
+from kvtrace_viewer.grids import grid
 from kvtrace_viewer.pages.common import with_trace
 
 PATH = "/sql"
@@ -161,25 +160,18 @@ def editor(text: str) -> Component:
 
 def results() -> Component:
     """Where the answer appears."""
-    grid = dag.AgGrid(
-        id="sql-grid",
-        rowData=[],
-        columnDefs=[],
-        defaultColDef={
-            "sortable": True,
-            "resizable": True,
-            "filter": True,
-            "minWidth": 90,
-        },
-        dashGridOptions={**GRID_OPTIONS, "localeText": {"noRowsToShow": "No rows"}},
-        className="kv-grid",
-        style={"height": "100%", "width": "100%"},
+    answer = grid(
+        "sql-grid",
+        [],
+        "No rows",
+        height="100%",
+        defaultColDef={"sortable": True, "resizable": True, "filter": True, "minWidth": 90},
     )
     aside = [
         html.Span(id="sql-timing"),
         button("sql-csv", "CSV", "Save all rows of the answer, up to a million"),
     ]
-    body = [status_line("sql-status"), html.Div(grid, className="kv-sql-grid")]
+    body = [status_line("sql-status"), html.Div(answer, className="kv-sql-grid")]
     return panel("Result", body, aside=aside, class_name="kv-grow kv-sql-result")
 
 

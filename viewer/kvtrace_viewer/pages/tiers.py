@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import dash
-import dash_ag_grid as dag
 from dash import Input, Output, dcc, html
 
 from kvtrace.trace import Trace
@@ -19,13 +18,14 @@ from kvtrace_viewer.components import (
     segmented,
     select,
     status_line,
+    work_line,
 )
 from kvtrace_viewer.context import Context
 from kvtrace_viewer.derived.results import replay_rows
 from kvtrace_viewer.derived.tiers import tier_runs
 from kvtrace_viewer.figures.graph import graph
 from kvtrace_viewer.figures.theme import base_layout
-from kvtrace_viewer.grids import GRID_OPTIONS, number_column, text_column
+from kvtrace_viewer.grids import grid, number_column, text_column
 from kvtrace_viewer.pages.common import one_of, request_options, with_trace
 from kvtrace_viewer.pages.replay import in_order, replay_options
 from kvtrace_viewer.tiers.hardware import Hardware, read_hardware, shipped
@@ -198,22 +198,14 @@ def _figure(title: str, graph_id: str) -> Component:
 
 def table() -> Component:
     """The tiers of the run, one a row."""
-    grid = dag.AgGrid(
-        id="tiers-grid",
-        rowData=[],
-        columnDefs=COLUMNS,
-        defaultColDef={"sortable": True, "resizable": True, "suppressMovable": True},
-        dashGridOptions={
-            **GRID_OPTIONS,
-            "domLayout": "autoHeight",
-            "localeText": {"noRowsToShow": "No run yet: start one below"},
-        },
-        className="kv-grid",
-        style={"height": None, "width": "100%"},
+    rows_grid = grid(
+        "tiers-grid",
+        COLUMNS,
+        "No run yet: start one below",
     )
     return panel(
         "Tiers",
-        grid,
+        rows_grid,
         aside=html.Span(id="tiers-summary", className="kv-note"),
         class_name="kv-flush",
     )
@@ -257,15 +249,8 @@ def runner(trace: Trace, query: dict[str, str]) -> Component:
         className="kv-toolbar",
     )
     figures = html.Div(id="tiers-figures", className="kv-tiers-inputs")
-    progress = html.Div(
-        [html.Div(id="tiers-bar", className="kv-progress-bar")],
-        id="tiers-progress",
-        className="kv-progress",
-    )
     start = button("tiers-start", "Serve", "Compute and keep this run", "kv-primary")
-    return panel(
-        "Other memory", [form, figures, start, progress, status_line("tiers-start-status")]
-    )
+    return panel("Other memory", [form, figures, start, *work_line("tiers-start")])
 
 
 def _values(options: list[Any]) -> tuple[str, ...]:
