@@ -38,7 +38,10 @@ def read_segment(path: Path, schema: pa.Schema, expected: FileSum | None) -> pa.
         data = path.read_bytes()
         if expected is not None and FileSum(len(data), crc32c(data)) != expected:
             raise damaged(path, "its checksum differs from the journal's")
-        found = pq.read_table(pa.BufferReader(data))
+        # In this thread: one of Arrow's might still hold the bytes when Python ends, and would
+        # abort the process as it lets go of them. A segment is too small for more threads anyway.
+        file = pq.ParquetFile(pa.BufferReader(data), pre_buffer=False)
+        found = file.read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise damaged(path, str(error)) from error
     # A trace of an older minor version may lack a column that was added since.
