@@ -366,6 +366,37 @@ def test_a_trace_is_that_of_synchronous_copies(
 
 
 @pytest.mark.usefixtures("one_thread", "writer_thread")
+def test_a_step_that_writes_into_earlier_keys_waits_until_they_are_gathered(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: Device
+) -> None:
+    """No method of the cache says so: a hook of a user's compresses it in place."""
+    ids = torch.arange(80)[None] % 60
+    cache = StaticCache(config=model.config, max_cache_len=96)
+    kept: list[torch.Tensor] = []
+
+    def compress(*_: object) -> None:
+        if kept:
+            cache.layers[0].keys.zero_()
+
+    device.model.is_eager = True
+    monkeypatch.setattr(pipeline, "TICK_SECONDS", 1000.0)
+    hook = model.model.layers[0].register_forward_pre_hook(compress)
+    path = tmp_path / "a.kvtrace"
+    with record(model, path, dtype="float32", strict=True) as recording, torch.no_grad():
+        device.sends.clear()
+        model(ids, past_key_values=cache, use_cache=True)
+        kept.append(cache.layers[0].keys[0, :, :80].clone())
+        model(IDS, past_key_values=cache, use_cache=True)
+        device.sends.set()
+    hook.remove()
+    assert recording.gaps == {}
+    assert set(device.waits) == {"kvtrace-send"}
+    found = kvtrace.open(path).layer_data(0).k
+    assert found is not None
+    np.testing.assert_array_equal(found[:80], kept[0].transpose(0, 1).numpy())
+
+
+@pytest.mark.usefixtures("one_thread", "writer_thread")
 def test_a_cpu_s_recording_asks_for_no_stream(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
