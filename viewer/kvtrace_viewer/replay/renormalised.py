@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.cutting import evict_many, leave_window
 from kvtrace_viewer.replay.jit import jit, jit_sum
+from kvtrace_viewer.replay.products import DOUBLES, product
 from kvtrace_viewer.replay.shortlist import SPARE, drop, list_held, pick, range_of_cuts, shorten
 
 Doubles = NDArray[np.float64]
@@ -20,7 +21,10 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
-TILE = 1024  # keys whose sums and marks of four budgets stay in a core's first cache
+TILE = 1024  # keys whose sums and marks of some budgets stay in a core's caches
+DEPTH = 32  # rows that are read side by side
+EIGHT = 8
+eight_by_two, one_by_eight = product(EIGHT, 2), product(1, EIGHT)
 LEAST = -(2**63)
 RUINED = 1e-3  # of a mass: with less of it left, a difference is not good to 1e-12 for certain
 
@@ -237,46 +241,28 @@ def add_shares(lines: Floats, shares: Doubles, state: Doubles) -> None:
     """Add lines [query head * row, key] times their shares [budget, ...] to state [budget, key]."""
     count, stop = lines.shape
     budgets = state.shape[0]
-    part, none = np.zeros((2, 4)), np.zeros(TILE)
-    for first in range(0, stop, TILE):
-        last = min(first + TILE, stop)
-        for i in range(0, count, 4):
-            at = [min(i + k, count - 1) for k in range(4)]
-            for b in range(0, budgets, 2):
-                part[:] = 0
-                for k in range(min(4, count - i)):
-                    part[0, k] = shares[b, i + k]
-                    if b + 1 < budgets:
-                        part[1, k] = shares[b + 1, i + k]
-                _add_four_to_two(
-                    lines[at[0], first:last],
-                    lines[at[1], first:last],
-                    lines[at[2], first:last],
-                    lines[at[3], first:last],
-                    part,
-                    state[b, first:last],
-                    state[b + 1, first:last] if b + 1 < budgets else none[: last - first],
-                )
-
-
-@jit_sum
-def _add_four_to_two(
-    row0: Floats,
-    row1: Floats,
-    row2: Floats,
-    row3: Floats,
-    part: Doubles,
-    sums0: Doubles,
-    sums1: Doubles,
-) -> None:
-    a0, b0, c0, d0 = part[0]
-    a1, b1, c1, d1 = part[1]
-    for j in range(sums0.shape[0]):
-        a, b, c, d = (
-            np.float64(row0[j]),
-            np.float64(row1[j]),
-            np.float64(row2[j]),
-            np.float64(row3[j]),
-        )
-        sums0[j] += a * a0 + b * b0 + c * c0 + d * d0
-        sums1[j] += a * a1 + b * b1 + c * c1 + d * d1
+    whole = stop // (EIGHT * DOUBLES) * EIGHT
+    shape, strides = (whole, count, DOUBLES), (DOUBLES * 4, stop * 4, 4)
+    panels = np.lib.stride_tricks.as_strided(lines, shape, strides)
+    sums = np.empty((EIGHT, EIGHT * DOUBLES))
+    for first in range(0, whole, TILE // DOUBLES):
+        last = min(first + TILE // DOUBLES, whole)
+        for i in range(0, count, DEPTH):
+            until = min(i + DEPTH, count)
+            b = 0
+            while b < budgets:
+                together, step = (EIGHT, 2) if b + EIGHT <= budgets else (1, EIGHT)
+                part = shares[b : b + together, i:until]
+                for p in range(first, last, step):
+                    if together == EIGHT:
+                        eight_by_two(part, panels[p : p + 2, i:until], sums)
+                    else:
+                        one_by_eight(part, panels[p : p + EIGHT, i:until], sums)
+                    for k in range(together):
+                        line = state[b + k, p * DOUBLES : (p + step) * DOUBLES]
+                        for j in range(line.shape[0]):
+                            line[j] += sums[k, j]
+                b += together
+    for b in range(budgets):
+        for i in range(count):
+            _add_row(lines[i, whole * DOUBLES :], shares[b, i], state[b, whole * DOUBLES : stop])

@@ -133,13 +133,15 @@ def summarise(
     """Total one head, and add its rows to `steps`."""
     head = measures.head
     pairs, tokens = evicted_at.shape
-    counts, sums = np.zeros((pairs, tokens), dtype=np.int64), np.zeros((pairs, tokens))
-    worst = np.full((pairs, tokens), np.inf)
+    sums, masses, worst = (
+        np.zeros((pairs, tokens)),
+        np.zeros(pairs, np.int64),
+        np.full(pairs, np.inf),
+    )
     histogram = np.zeros((pairs, MASS_STEPS + 1), dtype=np.int32)
-    total_masses(measures.mass, MASS_STEPS, counts, sums, worst, histogram)
-    steps.masses += counts
+    per_row = steps.masses, sums, steps.worst
+    total_masses(measures.mass, MASS_STEPS, *per_row, masses, worst, histogram)
     steps.mass += sums
-    steps.worst[:] = np.minimum(steps.worst, worst)
     steps.hits += measures.hits
     steps.misses += measures.misses
     by_model = left_window(head.tokens, head.window)
@@ -150,9 +152,9 @@ def summarise(
         steps.held[p] += np.arange(1, head.tokens + 1) - gone.cumsum()
     sinks = measures.sinks()
     return HeadTotals(
-        masses=counts.sum(axis=1),
+        masses=masses,
         mass=sums.sum(axis=1),
-        worst=worst.min(axis=1, initial=np.inf),
+        worst=worst,
         histogram=histogram,
         hits=measures.hits.sum(axis=1),
         misses=measures.misses.sum(axis=1),

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from kvtrace_viewer.replay.amounts import Amount, parse_amount
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cache, Cuts
-from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.policy import Policy, parameter
-from kvtrace_viewer.replay.renormalised import accumulate_and_cut
+from kvtrace_viewer.replay.renormalised import accumulate_and_cut, add_shares
 
 HALF = parse_amount("50%", "recent", "recent=50%")
 
@@ -59,7 +58,7 @@ class H2O(Policy):
         elif not len(cache.cuts.rows) or cache.cuts.rows[0] >= block.stop - 1:
             # Nothing is evicted before this block's last row: every budget sees full rows.
             if not block.is_summed:
-                _accumulate(block.attention, block.row_sums + block.sink_share, state)
+                _accumulate(block, state)
             cache.cut(cuts, state[:, None, : block.stop])
         else:
             accumulate_and_cut(
@@ -82,19 +81,9 @@ class H2O(Policy):
             cache.joined = block.stop
 
 
-@jit
-def _accumulate(
-    attention: NDArray[np.float32], totals: NDArray[np.float64], state: NDArray[np.float64]
-) -> None:
-    """Add a block's full rows, each over its total, to every budget's sums."""
-    group, rows, stop = attention.shape
-    added = np.zeros(stop)
-    for r in range(rows):
-        for g in range(group):
-            if totals[g, r] > 0:
-                share = 1.0 / totals[g, r]
-                for j in range(stop):
-                    added[j] += attention[g, r, j] * share
-    for b in range(state.shape[0]):
-        for j in range(stop):
-            state[b, j] += added[j]
+def _accumulate(block: Block, state: NDArray[np.float64]) -> None:
+    """Add a block's full rows, each over its total, to every budget's sums, so far the same."""
+    totals = (block.row_sums + block.sink_share).reshape(1, -1)
+    shares = np.divide(1.0, totals, out=np.zeros_like(totals), where=totals > 0)
+    add_shares(block.attention.reshape(totals.size, -1), shares, state[:1])
+    state[1:, : block.stop] = state[0, : block.stop]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvtrace_viewer.replay.block import Block, Head
 from kvtrace_viewer.replay.cache import Cuts
-from kvtrace_viewer.replay.jit import jit
+from kvtrace_viewer.replay.jit import jit_divide
 from kvtrace_viewer.replay.policy import Policy
 
 
@@ -38,7 +38,7 @@ class ObservedAttention(Policy):
         return out
 
 
-@jit
+@jit_divide
 def _means(
     received: NDArray[np.float64],
     start: int,

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from kvtrace_viewer.replay.block import BLOCK_ROWS, Block, Head
 from kvtrace_viewer.replay.bounds import Foreseen
 from kvtrace_viewer.replay.cache import Cache, Cuts
-from kvtrace_viewer.replay.jit import jit
 from kvtrace_viewer.replay.policy import Policy, parameter
+from kvtrace_viewer.replay.prices import sweep
 
 Doubles = NDArray[np.float64]
 Longs = NDArray[np.int64]
-
-TILE = 1024  # keys whose values at a price stay in a core's first cache for all rows of a block
 
 SNAPSHOT_BYTES = 1 << 26
 """Of a head's values that are remembered; what lies between them is computed once more."""
@@ -69,7 +67,7 @@ class Oracle(Policy):
         seen = last_cut >= 0
         own = block.received[np.arange(len(rows)), rows]
         state.free += float(own[seen].cumsum()[-1]) if seen.any() else 0.0
-        _sweep(
+        sweep(
             block.received,
             block.start,
             state.prices,
@@ -109,7 +107,7 @@ class Oracle(Policy):
         """
         shape = (1, len(cuts.rows), block.stop)
         out: Doubles = state.memory[: len(cuts.rows) * block.stop].reshape(shape)
-        _sweep(
+        sweep(
             block.received,
             block.start,
             state.prices[k : k + 1],
@@ -195,7 +193,7 @@ class Foresight:
 
     def _carry(self, head: Head, start: int, stop: int, values: Doubles) -> None:
         """Carry values at the chosen prices over a block whose rows are computed once more."""
-        _sweep(
+        sweep(
             Block(head, start, stop, head.attention(start, stop)).received,
             start,
             self.prices[self.chosen[0]],
@@ -225,59 +223,3 @@ class Foresight:
         kept = np.minimum(self.cuts.limits[0], first_cut + 1)
         bounds: Doubles = self.worth + self.paid + best[:, kept].T
         return bounds
-
-
-@jit
-def _sweep(
-    received: Doubles,
-    start: int,
-    prices: Doubles,
-    is_cut: NDArray[np.bool_],
-    last_cut: Longs,
-    first_cut: int,
-    values: Doubles,
-    worth: Doubles,
-    out: Doubles,
-) -> None:
-    """Carry `values` [price, key] from a block's last row to its first.
-
-    `out` [price, cut, key] gets the values at each cut unless it has no cuts; to `worth` [price]
-    is added what tokens are worth when they join.
-    """
-    rows, stop = received.shape
-    for first in range(0, stop, TILE):
-        last = min(first + TILE, stop)
-        for k in range(prices.shape[0]):
-            line = values[k, first:last]
-            c = out.shape[1]
-            for r in range(rows - 1, max(first - start, 0) - 1, -1):
-                row = start + r
-                joined = min(row + 1, last) - first
-                floor = 0.0 if is_cut[r] else -np.inf
-                c -= is_cut[r]
-                if is_cut[r] and out.shape[1]:
-                    _raise(line[:joined], floor, out[k, c, first : first + joined])
-                pays = min(max(last_cut[r] + 1 - first, 0), joined)
-                price = prices[k] / (row + 1)
-                shown = received[r, first : first + joined]
-                _pay(line[:pays], floor, shown[:pays], price)
-                if pays < joined:
-                    until = min(row - first, joined)
-                    _raise(line[pays:joined], floor, line[pays:joined])
-                    if last_cut[r] >= 0:
-                        _pay(line[pays:until], -np.inf, shown[pays:until], 0.0)
-                if first <= row < last and row > first_cut:
-                    worth[k] += line[row - first]
-
-
-@jit
-def _pay(line: Doubles, floor: float, received: Doubles, price: float) -> None:
-    for j in range(line.shape[0]):
-        value = line[j] if line[j] > floor else floor
-        line[j] = value + (received[j] - price)
-
-
-@jit
-def _raise(line: Doubles, floor: float, out: Doubles) -> None:
-    for j in range(line.shape[0]):
-        out[j] = line[j] if line[j] > floor else floor
