@@ -1,14 +1,16 @@
 """Does a replay predict what eviction does to the model? Predicted loss against measured KL.
 
-    python benchmarks/certificate.py [--texts 3] [--json FILE] [--figure FILE.svg]
+    python benchmarks/certificate.py [--texts 3] [--policy NAME ...] [--json FILE]
+    python benchmarks/certificate.py --read FILE [FILE ...] [--figure FILE.svg]
 
 The bundled model samples 128 tokens after each of a few prompts of 512 (its own, and topics of
-Python's documentation as pydoc_data ships them), with a seed for each. Every policy that evicts is
-replayed at six budgets, once with one cut after the prompt and once with a cut after every token,
-and the model is run under every kept set. Printed are Spearman rank correlations between what the
-replay predicted (lost mass, output error, miss rate) and the measured mean KL, per text: over all
-pairs, and over the policies of one budget; and what is lost by choosing the policy of each budget
-that a predictor likes best. Pairs with the same kept sets count once.
+Python's documentation as pydoc_data ships them), with a seed for each. Every policy that evicts, or
+chooses per query what is read, is replayed at six budgets, once with one cut after the prompt and
+once with a cut after every token, and the model is run under every kept set. Printed are Spearman
+rank correlations between what the replay predicted (lost mass, output error, miss rate) and the
+measured mean KL, per text: over all pairs, and over the policies of one budget; and what is lost by
+choosing the policy of each budget that a predictor likes best. Pairs with the same kept sets count
+once.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from kvtrace_viewer.replay import POLICIES, Result, replay, replayable
 PROMPT, NEW = 512, 128
 BUDGETS = ["5%", "10%", "20%", "35%", "50%", "75%"]
 WHENS = ("prefill", "step")
+#: Left out of the correlations: one knows the future that KL is measured on, one every key.
+BOUNDING = ("oracle", "top_k")
 PREDICTORS = ("lost mass", "output error", "miss rate")
 TEXTS = {"bundled prompt": demo.PROMPT} | {
     f"pydoc {name}": topics[name] for name in ("specialnames", "compound", "types", "debugger")
@@ -49,8 +53,14 @@ Row = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--texts", type=int, default=3, help=f"of {len(TEXTS)} (default: 3)")
+    parser.add_argument("--policy", action="append", help="only this one; may be given several")
     parser.add_argument("--json", type=Path, help="write every pair")
-    parser.add_argument("--read", type=Path, help="summarise pairs that --json wrote; run nothing")
+    parser.add_argument(
+        "--read",
+        type=Path,
+        nargs="+",
+        help="summarise pairs that --json wrote, of other policies in each file; run nothing",
+    )
     parser.add_argument(
         "--live",
         metavar="BUDGET",
@@ -63,12 +73,12 @@ def main() -> None:
         show_live(args.live)
         return
     if args.read:
-        rows = json.loads(args.read.read_text())
+        rows = [row for file in args.read for row in json.loads(file.read_text())]
     else:
         rows = [
             row
             for seed, name in enumerate(list(TEXTS)[: args.texts])
-            for row in measure(name, TEXTS[name], seed)
+            for row in measure(name, TEXTS[name], seed, args.policy)
         ]
     if args.json:
         args.json.write_text(json.dumps(rows, indent=0))
@@ -78,20 +88,25 @@ def main() -> None:
         args.figure.write_text(figure(rows))
 
 
-def measure(text: str, content: str, seed: int) -> list[Row]:
-    """Record one text, replay everything, certify everything."""
+def measure(text: str, content: str, seed: int, policies: list[str] | None) -> list[Row]:
+    """Record one text, replay some policies or all, certify everything."""
     found: list[Row] = []
     with recorded(content, seed) as (trace, model):
         for when in WHENS:
             for budget in BUDGETS:
-                results = replay(trace, able(trace), [budget], when=when)
-                unique = {one.evicted_at.tobytes(): one for one in reversed(results)}
+                results = replay(trace, policies or able(trace), [budget], when=when)
+                unique = {kept(one): one for one in reversed(results)}
                 by_name = {one.id: one for one in unique.values()}
                 options = Options(passes=0, generated=0)
                 done = certify(trace, list(by_name), model, options=options)
                 found += [pair(text, by_name[one.replay], one) for one in done]
                 Console(stderr=True).print(f"{text}, {when}, {budget}: {len(done)} pairs")
     return found
+
+
+def kept(result: Result) -> tuple[bytes, str]:
+    """What two results share that hide the same keys; what queries choose is a policy's own."""
+    return result.evicted_at.tobytes(), result.policy if result.selects else ""
 
 
 @contextmanager
@@ -156,13 +171,9 @@ def show_live(budget: str) -> None:
 
 
 def able(trace: kvtrace.Trace) -> list[str]:
-    """Policies that evict, and that this trace can replay."""
+    """Policies that hide keys, and that this trace can replay; recent_n hides as sliding_window."""
     can = {row["policy"] for row in replayable(trace) if row["replay"] != "no"}
-    return [
-        name
-        for name, kind in POLICIES.items()
-        if name in can and name != "full" and not kind.selects
-    ]
+    return [name for name in POLICIES if name in can and name not in ("full", "recent_n")]
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -187,7 +198,8 @@ def groups(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
 def show(rows: list[Row]) -> None:
     out = Console(width=140)
     out.print(f"{len(rows)} pairs with kept sets of their own: {counts(rows)}")
-    real = [row for row in rows if row["policy"] != "oracle"]
+    real = [row for row in rows if row["policy"] not in BOUNDING]
+    out.print(f"{len(real)} without {' and '.join(BOUNDING)}")
     for when in WHENS:
         chosen = [row for row in real if row["when"] == when]
         table = Table(
@@ -196,7 +208,7 @@ def show(rows: list[Row]) -> None:
             "policies of one budget",
             *BUDGETS,
             "KL of its choice / best",
-            title=f"--when {when}: Spearman correlation with mean KL, without the oracle",
+            title=f"--when {when}: Spearman correlation with mean KL, without oracle and top_k",
             title_justify="left",
         )
         for name in PREDICTORS:
@@ -261,7 +273,7 @@ COLOURS = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#d4b800")
 
 def figure(rows: list[Row]) -> str:
     """Mean KL over lost mass, and over output error, logarithmic, a dot a pair."""
-    real = [row for row in rows if row["policy"] != "oracle"]
+    real = [row for row in rows if row["policy"] not in BOUNDING]
     low, high = (
         np.floor(np.log10(min(r["KL"] for r in real))),
         np.log10(max(r["KL"] for r in real)),

@@ -132,7 +132,13 @@ def test_what_is_chosen_per_query_is_read_and_saves_no_memory(
     assert "Read by a query, of what stays stored of the KV cache" in out
     assert "saved" not in out
     assert main([*args, "--when", "step", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["bytes_are"] == "read"
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes_are"] == "read"
+    assert main([*args[:3], "top_k", *args[4:], "--when", "step", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["model"]
+    assert found["model"]["budget"] == best["budget"]
+    assert found["model"]["capacity"] == pytest.approx(best["loss"])
+    assert best["policy"] == pytest.approx(0)
 
 
 def test_what_cannot_be_sized_is_refused(
@@ -142,4 +148,6 @@ def test_what_cannot_be_sized_is_refused(
     for more in (["--lose", "1%"], ["--lose", "3"], ["--lose", "1%", "--batch", "0"]):
         assert main(["size", path, "--policy", "h2o", *more]) == 1
         assert capsys.readouterr().err.startswith("error: ")
+    assert main(["size", path, "--policy", "h2o", "--lose", "0.1"]) == 1
+    assert "'0.1'; a percentage was expected" in capsys.readouterr().err
     assert "Example: kvtrace size" in (verb.__doc__ or "")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import kvtrace
 from kvtrace.cli import main
 from kvtrace.errors import InputError
 from kvtrace.testing import SyntheticTrace, write_synthetic
 from kvtrace.writer import LayerSpec, TraceWriter
-from kvtrace_viewer.replay import POLICIES, replay, replayable
+from kvtrace_viewer.replay import POLICIES, Budget, Head, Policy, replay, replayable
+from kvtrace_viewer.replay.policies.snapkv import SnapKV
 
 KEYS = {
     "policy",
@@ -268,6 +272,43 @@ def test_policies_can_be_listed(
 def test_what_is_not_given_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "--policy", "h2o"]) == 2
     assert "required: T, --budget" in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(SnapKV):
+    """A policy of the test: KV head 0 has a token more than its budget, and nobody less."""
+
+    name: ClassVar[str] = "greedy"
+
+    def limits(self, budget: Budget, rows: NDArray[np.int64], head: Head) -> NDArray[np.int64]:
+        """One more."""
+        return super().limits(budget, rows, head) + (head.kv_head == 0)
+
+
+def test_a_result_without_a_bound_says_why(synthetic_trace: SyntheticTrace) -> None:
+    trace = synthetic_trace(steps=DECODED)
+    policies: list[str | Policy] = [Greedy(window=2), "snapkv:window=2"]
+    greedy, plain = replay(trace, policies, ["4"], "step", store=False)
+    assert (greedy.bound_scope, plain.bound_scope) == (None, "head")
+    (note,) = greedy.notes
+    assert "has no bound: its shares of the budget, together, are more than equal ones" in note
+    assert not plain.notes
+
+
+def test_the_best_reading_is_the_bound_of_what_chooses_per_query(
+    synthetic_trace: SyntheticTrace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(synthetic_trace(steps=DECODED).path)
+    names = ["quest:page=2", "top_k", "h2o"]
+    args = ["replay", path, "--when", "step", "--budget", "4", "--no-store"]
+    args += [part for name in names for part in ("--policy", name)]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "what top_k retains (quest:page=2, top_k)" in " ".join(out.split())
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    bounds = {row[0]: (row[4], row[-1]) for row in cells if row}
+    assert bounds["quest:page=2"][1] == bounds["top_k"][1] == bounds["top_k"][0]
+    assert bounds["h2o"][1] == "-"
 
 
 def test_every_policy_stands_under_the_bound_of_the_budgets_it_moves(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tests.reference.scores import Array, Scores
 
-EVICT_NOTHING = {"full", "recent_n", "quest"}
+EVICT_NOTHING = {"full", "recent_n", "quest", "top_k"}
 
 
 class Unimportant(Scores):
@@ -278,6 +278,16 @@ class Pages(Scores):
         raise AssertionError("quest evicts nothing")
 
 
+class ReadBest(Scores):
+    """top_k."""
+
+    def read(self, i: int, kept: list[int], limit: int) -> list[int]:
+        return sorted(kept, key=lambda j: (self.of(i, j), j))[-limit:]
+
+    def of(self, i: int, j: int) -> float:
+        return float(sum(of_head[i, j] for of_head in self.a))
+
+
 class VotesThenPages(BaseVotes, Pages):
     """rocketkv."""
 
@@ -360,6 +370,7 @@ MORE_SCORES: dict[str, type[Scores]] = {
     "recent_n": ReadYoungest,
     "quest": Pages,
     "rocketkv": VotesThenPages,
+    "top_k": ReadBest,
 }
 MORE_PROTECTION: dict[str, dict[str, Any]] = {
     "scissorhands": {"recent": "10"},

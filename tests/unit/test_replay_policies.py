@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from tests.reference.heads import random_weights_heads, synthetic_head, with_signals
 
 from kvtrace.errors import InputError
@@ -135,6 +136,25 @@ def test_a_selector_reads_no_more_than_its_budget(seed: int, budget: int, name: 
     assert (counts <= budget + 1).all(), "its own token is read beside the budget"
     assert (counts >= min(budget, 5)).all()
     assert read[0, np.arange(len(rows)), rows].all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 60), st.sampled_from(["prefill", "step", "every=7"]))
+def test_nothing_that_reads_as_much_finds_more_than_top_k(
+    seed: int, budget: int, when: str
+) -> None:
+    head = synthetic_head(seed, 70, 40)
+    most = found_mass(head, "top_k", budget, when)
+    for other in ("recent_n", "recent_n:sinks=2", "quest:page=4", "rocketkv:window=4,page=4"):
+        assert (found_mass(head, other, budget, when) <= most + 1e-6).all()
+
+
+def found_mass(head: Head, spec: str, budget: int, when: str) -> NDArray[np.float64]:
+    """What the rows after the first cut find, all query heads of the group together."""
+    (found,) = run([head], spec, [str(budget)], when)
+    rows, read = found.runs[0].select(found.block(64, head.tokens))
+    attention = head.attention(0, head.tokens).astype(np.float64)
+    return np.asarray((attention[:, rows] * read[0]).sum(axis=(0, 2)))
 
 
 @pytest.mark.parametrize("name", [n for n in ONE_SHOT if n not in UNORDERED])

@@ -10,6 +10,7 @@ import pytest
 
 from kvtrace.errors import InputError
 from kvtrace_viewer.replay import POLICIES, parse_budget, parse_policy, parse_when, policies
+from kvtrace_viewer.replay.amounts import parse_budgets
 from kvtrace_viewer.replay.policies.h2o import H2O
 from kvtrace_viewer.replay.spec import describe, idea
 
@@ -57,6 +58,12 @@ def test_a_bad_parameter_is_explained(text: str, said: str) -> None:
 def test_a_bad_budget_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="--budget 128 or --budget 25%"):
         parse_budget(text)
+
+
+@pytest.mark.parametrize("text", ["5%..100%", "5%../5%", "..100%/5%", "5%..100%/", ".."])
+def test_half_a_range_of_budgets_is_called_one(text: str) -> None:
+    with pytest.raises(InputError, match="lacks an end or its step"):
+        parse_budgets(text)
 
 
 def test_budgets() -> None:

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reads",
         type=Path,
         metavar="FILE.npz",
-        help="write what every query reads, of one policy that chooses it (quest, rocketkv,"
+        help="write what every query reads, of one policy that chooses it (quest, rocketkv, top_k,"
         " recent_n) at one budget: rows, and layerL [row, KV head, byte], a bit a key",
     )
     parser.add_argument(
@@ -175,7 +175,7 @@ def _check_reads(trace: kvtrace.Trace, args: argparse.Namespace) -> None:
     if not policies[0].selects:
         raise InputError(
             f"{args.policy[0]} does not choose what each query reads: all read what is held;"
-            " --reads is for quest, rocketkv and recent_n; use --kept for what is held"
+            " --reads is for quest, rocketkv, top_k and recent_n; use --kept for what is held"
         )
 
 

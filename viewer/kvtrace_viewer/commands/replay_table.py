@@ -23,7 +23,7 @@ def show_results(results: list[Result], args: argparse.Namespace) -> None:
         out.print("-: no row follows the first cut, so there is nothing to measure")
     for note in dict.fromkeys(note for result in results for note in result.notes):
         out.print(f"note: {note}", markup=False)
-    if any(r.bound is not None for r in results):
+    if any(r.bound is not None or r.policy == "top_k" for r in results):
         out.print(_bounds_explained(results))
     sampled = next((r for r in results if 0 < r.output_rows < r.measured_rows), None)
     if sampled:
@@ -39,12 +39,13 @@ def _bounds_explained(results: list[Result]) -> str:
     """Which policies have which bound, where they are not all under the same."""
     names: dict[str | None, list[str]] = {}
     for r in results:
-        names.setdefault(r.bound_scope, []).append(r.policy)
+        names.setdefault("read" if r.selects else r.bound_scope, []).append(r.policy)
     where = {
         "head": "with the same budget in every KV head",
         "layer": "with one budget for the heads of a layer",
         "model": "with one budget for all heads of all layers",
         None: "no bound",
+        "read": "by reading as many tokens a query, what top_k retains",
     }
     # Where all are under the same, nobody has to be named.
     said = [
@@ -61,9 +62,11 @@ def _table(results: list[Result]) -> Table:
         table.add_column(name)
     numbers = ("retained mass", "p5", "hits", "misses", "evictions", "sinks kept", "output error")
     oracles = {(r.budget, r.when): r for r in results if r.bound is not None}
+    readers = {(r.budget, r.when): r for r in results if r.policy == "top_k"}
+    bounds = oracles or readers
     more = [
         name
-        for name, there in (("overlap", any(r.overlap for r in results)), ("bound", oracles))
+        for name, there in (("overlap", any(r.overlap for r in results)), ("bound", bounds))
         if there
     ]
     for name in (*numbers, *more):
@@ -81,13 +84,21 @@ def _table(results: list[Result]) -> Table:
             f"{r.evictions:,}",
             f"{r.retained_sinks}/{r.sinks}",
             _share(r.output_error),
-            *(_share(r.overlap) if name == "overlap" else _bound(r, oracles) for name in more),
+            *(
+                _share(r.overlap) if name == "overlap" else _bound(r, oracles, readers)
+                for name in more
+            ),
         )
     return table
 
 
-def _bound(result: Result, oracles: dict[tuple[str, str], Result]) -> str:
-    oracle = oracles.get((result.budget, result.when))
+def _bound(
+    result: Result, oracles: dict[tuple[str, str], Result], readers: dict[tuple[str, str], Result]
+) -> str:
+    at = (result.budget, result.when)
+    if result.selects:
+        return _share(None if at not in readers else readers[at].retained_mass)
+    oracle = oracles.get(at)
     return _share(None if oracle is None else oracle.bound_of(result.bound_scope))
 
 

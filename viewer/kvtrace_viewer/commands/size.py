@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
 def _share(text: str) -> float:
     from kvtrace_viewer.replay.amounts import parse_amount
 
-    percent = parse_amount(text, "--lose", "--lose 1%").percent
+    # parse_amount takes tokens too, and so would speak of them.
+    percent = parse_amount(text, "--lose", "--lose 1%").percent if text.endswith("%") else None
     if percent is None:
         raise InputError(f"--lose is {text!r}; a percentage was expected; write --lose 1%")
     return float(percent) / 100

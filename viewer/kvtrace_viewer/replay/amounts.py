@@ -107,6 +107,11 @@ def parse_budgets(text: str) -> list[Budget]:
     if not dots:
         return [parse_budget(text)]
     last, _, step = rest.partition("/")
+    if not (first and last and step):
+        raise InputError(
+            f"the range of budgets {text!r} lacks an end or its step; FIRST..LAST/STEP was"
+            " expected; write --budget 5%..100%/5%"
+        )
     low, high, by = (parse_budget(part) for part in (first, last, step))
     start, end, stride = (one.percent or Fraction(one.tokens or 0) for one in (low, high, by))
     unit = "" if low.percent is None else "%"

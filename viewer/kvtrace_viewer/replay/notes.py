@@ -16,6 +16,12 @@ def notes(gathered: Collected, pair: Pair) -> tuple[str, ...]:
     found += map(str, gathered.left_out)
     if gathered.ropes is not None:
         found.append(RENUMBERED)
+    if gathered.moving.beyond[gathered.pairs.index(pair)]:
+        found.append(
+            f"{pair.spec} at {pair.budget} has no bound: its shares of the budget, together, are"
+            " more than equal ones, by rounding or as windows cut some of them; the oracle's"
+            " bounds are over equal ones"
+        )
     present = max(len(rows) for _, rows in gathered.replayed.values())
     limit = pair.budget.limits(np.array([present]))
     last = max(int(pair.policy.recent.of(limit)[0]), pair.policy.least_recent)

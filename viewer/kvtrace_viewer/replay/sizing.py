@@ -36,7 +36,8 @@ class Point:
         Share of the attention lost (1 - retained mass), or the mean relative output error.
     capacity : float or None
         Of the lost mass, what no policy could have kept under this budget (1 - the oracle's
-        bound); the rest is the policy's. None for output error, and where there is no bound.
+        bound), or read (1 - what `top_k` finds); the rest is the policy's. None for output error,
+        and where there is no bound.
     """
 
     budget: str
@@ -85,7 +86,9 @@ def size(
     budgets: str = DEFAULT_BUDGETS,
     progress: Callable[[float], None] | None = None,
 ) -> Sizing:
-    """Replay a policy and the oracle over a range of budgets, in one pass.
+    """Replay a policy and what bounds it over a range of budgets, in one pass.
+
+    That is the oracle, or `top_k` where the policy chooses per query what is read.
 
     Raises
     ------
@@ -94,7 +97,8 @@ def size(
         without values.
     """
     rhythm = when or parse_policy(policy).default_when
-    names = [policy, "oracle"] if of == "mass" else [policy]
+    best = "top_k" if parse_policy(policy).selects else "oracle"
+    names = [policy, best] if of == "mass" else [policy]
     results = replay(trace, names, [budgets], rhythm, requests, store=False, progress=progress)
     mine = [r for r in results if r.policy == policy]
     if any(_value(r, of) is None for r in mine):
@@ -103,11 +107,11 @@ def size(
             f"{trace.path} gives no {of} of {policy} with --when {rhythm}: {why}; something to "
             "measure was expected; try --when stream, or --of mass"
         )
-    known = [r for r in results if r.policy == "oracle"] if of == "mass" else []
+    known = [r for r in results if r.policy == best] if of == "mass" else []
     order = sorted(range(len(mine)), key=lambda i: _amount(mine[i].budget))
     curves: dict[Place, list[Point]] = {}
     for i in order:
-        bounds = bounds_by_place(known[i], mine[i].bound_scope) if known else {}
+        bounds = bounds_by_place(known[i], mine[i]) if known else {}
         for place, value in _by_place(mine[i], of, _value(mine[i], of)).items():
             loss = 1 - value if of == "mass" else value
             least = None if place not in bounds else 1 - bounds[place]
@@ -162,14 +166,17 @@ def total_bytes(held: Mapping[Place, tuple[int, int]], place: Place) -> dict[str
     return {"full": full, "kept": kept, "saved": full - kept}
 
 
-def bounds_by_place(oracle: Result, scope: str | None) -> dict[Place, float]:
-    """The oracle's bounds for a policy of this `bound_scope`, at the places that they are over."""
+def bounds_by_place(best: Result, of: Result) -> dict[Place, float]:
+    """What the oracle's bounds, or `top_k` itself, allow a result, at the places they are over."""
+    scope = of.bound_scope
+    if of.selects:
+        return _by_place(best, "mass", best.retained_mass)
     if scope is None:
         return {}
-    whole = oracle.bound_of(scope)
+    whole = best.bound_of(scope)
     if scope == "head":
-        return _by_place(oracle, "bound", whole)
-    places = _by_place(oracle, "bound_layer", whole).items() if scope == "layer" else ()
+        return _by_place(best, "bound", whole)
+    places = _by_place(best, "bound_layer", whole).items() if scope == "layer" else ()
     found = {place: value for place, value in places if place[1] is None}
     return found if whole is None else found | {(None, None): whole}
 

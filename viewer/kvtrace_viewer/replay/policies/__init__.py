@@ -45,6 +45,7 @@ NAMES = (
     "r_kv",
     "quest",
     "rocketkv",
+    "top_k",
     "recorded",
     "kvzip",
     "oracle",
