@@ -30,8 +30,9 @@ read, no extension loaded, no setting changed. A query may take {MEMORY_LIMIT} o
 {TIMEOUT_S:g} seconds; `--memory-limit` and `--timeout` raise that.
 
 **Any DuckDB client.** `trace.duckdb` in the trace holds the same tables and views as plain tables
-and views, with their comments; DuckDB 1.1 and later open it, from any directory. The functions
-are not in it: they need the arrays, and so `kvtrace sql`, `Trace.sql()` or the SQL page.
+and views, with their comments; DuckDB 1.1 and later open it, from any directory (1.0 refuses its
+small blocks). The functions are not in it: they need the arrays, and so `kvtrace sql`,
+`Trace.sql()` or the SQL page.
 
 **Recorded, derived, views.** Recorded tables are what the recorder and replays wrote. Derived
 tables are computed from q, k and lse, in about the time of one pass over all attention maps: at

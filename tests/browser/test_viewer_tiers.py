@@ -37,7 +37,7 @@ def test_runs_are_served_shown_and_kept(browser: Browser, address: str, trace: T
     assert browser.data("#tiers-map")["rows"] == str(blocks.num_rows)
     assert parse_qs(browser.query().removeprefix("?"))["run"] == [run["tier_run"]]
     # Every block lies in the first tier after the only step.
-    browser.js("window.scrollTo(0, 0)")
+    browser.js(f"{MAP}.scrollIntoView({{block: 'center'}})")
     browser.hover("#tiers-map", 300, 20)
     browser.until("document.querySelector('#tiers-tip').innerText.includes('Block 0')")
     tip = browser.text("#tiers-tip")
@@ -45,6 +45,7 @@ def test_runs_are_served_shown_and_kept(browser: Browser, address: str, trace: T
     assert "HBM" in tip
     assert "accesses: 1" in tip
     # Its tokens, by a replay.
+    browser.js("window.scrollTo(0, 0)")
     choose(browser, "tiers-place", REPLAY.split("-", maxsplit=1)[0] + " · 25%")
     browser.click("#tiers-start")
     browser.until(f"document.querySelectorAll('{GRID}').length === 2")
@@ -55,6 +56,25 @@ def test_runs_are_served_shown_and_kept(browser: Browser, address: str, trace: T
     browser.open(f"{address}/tiers?trace=run.kvtrace&run={placed['tier_run']}&first=4&count=10")
     browser.until(f"{MAP}?.dataset.rows === '10'")
     assert "tokens 4 to 13" in browser.text("#tiers-window")
+
+
+def test_nothing_that_loads_moves_the_form(browser: Browser, address: str) -> None:
+    top = "return document.querySelector('#tiers-start').getBoundingClientRect().top + scrollY"
+    browser.open(f"{address}/tiers?trace=run.kvtrace")
+    browser.until("document.querySelectorAll('#tiers-figures fieldset').length === 4")
+    before = browser.js(top)
+    figures = "document.querySelector('#tiers-figures')"
+    # As it was before its figures, and before anything of a run.
+    kept = f"const kept = [...{figures}.children]; {figures}.replaceChildren(); const found ="
+    empty = browser.js(
+        f"{kept} document.querySelector('#tiers-start').getBoundingClientRect().top + scrollY;"
+        f"{figures}.append(...kept); return found;"
+    )
+    assert abs(empty - before) < 1
+    browser.click("#tiers-start")
+    browser.until(f"document.querySelectorAll('{GRID}').length === 4")
+    browser.until(f"{MAP}.dataset.rows > 0")
+    assert browser.js(top) == before
 
 
 def test_a_link_restores_the_form(browser: Browser, address: str) -> None:

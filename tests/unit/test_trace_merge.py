@@ -164,6 +164,7 @@ def test_what_cannot_be_merged(
     assert main(command) == 0
     assert "75 rows" not in (said := capsys.readouterr().out)
     assert "53 rows of 2 requests in 2 ranks" in said
+    assert "one trace was given" in said
     assert main(command) == 1
     assert "exists; a new path was expected" in capsys.readouterr().err
 

@@ -37,7 +37,7 @@ window.kv = window.kv || {};
         kv.byId("tiers-results").hidden = !here.name;
         if (!here.name) {
             const command = `kvtrace tiers ${here.config.trace}`;
-            kv.say(STATUS, `No run yet: serve the trace from a machine below, or with ${command}`, "info");
+            kv.say(STATUS, `No run yet: serve the trace from a machine above, or with ${command}`, "info");
             return;
         }
         try {

@@ -143,9 +143,10 @@ def build(trace_id: str, trace: Trace, query: dict[str, str]) -> Component:
             ],
             className="kv-toolbar",
         ),
+        # Above what loads, which would push its button away under the pointer.
+        runner(trace, query),
         status_line("tiers-status"),
         html.Div(results(), id="tiers-results", hidden=chosen is None),
-        runner(trace, query),
     ]
 
 
@@ -201,7 +202,7 @@ def table() -> Component:
     rows_grid = grid(
         "tiers-grid",
         COLUMNS,
-        "No run yet: start one below",
+        "No run yet: start one above",
     )
     return panel(
         "Tiers",
