@@ -41,6 +41,7 @@ from kvtrace_viewer.replay import (
     parse_policy,
     parse_when,
 )
+from kvtrace_viewer.replay.bounds import MovingBounds
 from kvtrace_viewer.replay.engine import Run, blocks, replay_layer, workers
 from kvtrace_viewer.replay.heads import heads_of
 from kvtrace_viewer.replay.totals import StepTotals
@@ -125,11 +126,15 @@ def replay(layers: list[list[Head]], runs: list[Run], output_rows: int) -> None:
     pairs = sum(len(run.budgets) for run in runs)
     measures = Measures(output_rows=output_rows)
     # One worker, so that CPU time is work and not waiting threads.
+    bounds = MovingBounds(pairs)
     with workers(1) as pool:
-        for heads in layers:
+        for layer, heads in enumerate(layers):
             steps = StepTotals.zeros(pairs, heads[0].tokens)
-            for head in replay_layer(heads, runs, measures, pool, lambda count: None):
+            found = replay_layer(heads, runs, measures, pool, lambda count: None)
+            for head in found:
                 head.summarise(steps)
+            bounds.add(layer, found)
+    bounds.end_request()
 
 
 @dataclass(frozen=True, kw_only=True)
