@@ -92,15 +92,24 @@ def start() -> None:
     if not text:
         return
 
+    made: list[Any] = []
+
+    def heed_sigterm() -> None:
+        end_on_sigterm(lambda: [recording.__exit__(None, None, None) for recording in made])
+
     def begin() -> None:
         called.remove()
         imported.remove()
-        _record(json.loads(text))
+        heed_sigterm()
+        made.extend(_record(json.loads(text)))
 
     called = FirstCall(begin)
     imported = AfterImport("transformers.modeling_utils", begin)
     called.install()
     imported.install()
+    # A server has taken SIGTERM, to raise it again for whoever had it before, by the time that it
+    # loads a model; and it does that in another thread.
+    AfterImport("transformers", heed_sigterm).install()
 
 
 def make_recording(options: Mapping[str, Any]) -> Recording:
@@ -123,7 +132,7 @@ def make_recording(options: Mapping[str, Any]) -> Recording:
     return recording
 
 
-def _record(options: dict[str, Any]) -> None:
+def _record(options: dict[str, Any]) -> list[Recording]:
     from kvtrace.errors import KvtraceError
 
     try:
@@ -131,9 +140,9 @@ def _record(options: dict[str, Any]) -> None:
         recording.__enter__()
     except (KvtraceError, OSError) as error:
         print(f"kvtrace: not recorded: {error}", file=sys.stderr)
-    else:
-        _at_exit(lambda: _close(recording))
-        end_on_sigterm(lambda: recording.__exit__(None, None, None))
+        return []
+    _at_exit(lambda: _close(recording))
+    return [recording]
 
 
 def _at_exit(call: Callable[[], None]) -> None:

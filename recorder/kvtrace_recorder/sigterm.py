@@ -9,6 +9,9 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+#: What was put there, and by which process: a child that it forks has it, too.
+_put: list[tuple[object, int]] = []
+
 
 def end_on_sigterm(finish: Callable[[], object]) -> Callable[[], None]:
     """Where SIGTERM would end this process, call `finish` first; it then ends as it would have.
@@ -28,11 +31,11 @@ def end_on_sigterm(finish: Callable[[], object]) -> Callable[[], None]:
     callable
         Puts back what was there.
     """
-    before = signal.getsignal(signal.SIGTERM)
+    before, pid = signal.getsignal(signal.SIGTERM), os.getpid()
     is_main = threading.current_thread() is threading.main_thread()
-    if before is not signal.SIG_DFL or not is_main:
+    is_parents = any(before is handler and pid != owner for handler, owner in _put)
+    if not is_main or (before is not signal.SIG_DFL and not is_parents):
         return lambda: None
-    pid = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
         # First of all: a second SIGTERM is not made to wait.
@@ -48,6 +51,7 @@ def end_on_sigterm(finish: Callable[[], object]) -> Callable[[], None]:
             _end()
 
     signal.signal(signal.SIGTERM, handle)
+    _put[:] = [(handle, pid)]
 
     def undo() -> None:
         if signal.getsignal(signal.SIGTERM) is handle:

@@ -187,6 +187,44 @@ def test_what_ends_kvtrace_record_reaches_the_command(
         os.kill(pid, 0)
 
 
+# As servers do: SIGTERM is taken before a model is loaded, and raised again after the shutdown.
+SERVER = """
+import transformers
+stopped = threading.Event()
+before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+"""
+SERVE = """
+while not stopped.is_set():
+    run()
+signal.signal(signal.SIGTERM, before)
+signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_a_server_that_loads_its_model_late(start: Start, tmp_path: Path) -> None:
+    process = start(SERVER, SERVE, by_command=True)
+    opened(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    ends(process, 128 + signal.SIGTERM)
+    check_sealed(tmp_path, "complete")
+
+
+# A child inherits what its parent did about SIGTERM, whichever of them records.
+FORKED = """
+import transformers
+if os.fork():
+    os.wait()
+    sys.exit()
+"""
+
+
+def test_a_forked_worker_that_loads_a_model(start: Start, tmp_path: Path) -> None:
+    start(FORKED, by_command=True)
+    (pid,) = opened(tmp_path).table("runs")["pid"].to_pylist()
+    os.kill(pid, signal.SIGTERM)
+    check_sealed(tmp_path, "complete")
+
+
 def test_a_command_that_is_killed(start: Start, tmp_path: Path) -> None:
     process = start(by_command=True)
     (pid,) = opened(tmp_path).table("runs")["pid"].to_pylist()
@@ -199,7 +237,6 @@ IN_A_THREAD = (
     "run()\nthread = threading.Thread(target={what})\nthread.start()\nthread.join()\nrun()"
 )
 
-
 LATE_THREAD = "run()\nthreading.Thread(target=lambda: (time.sleep(1), run())).start()"
 POOL = """
 from concurrent.futures import ThreadPoolExecutor
@@ -208,7 +245,6 @@ run()
 pool.submit(lambda: (time.sleep(1), run()))
 """
 
-
 DAEMON = """
 thread = threading.Thread(target=lambda: (run(), ran.set(), time.sleep(600)), daemon=True)
 ran = threading.Event()
@@ -216,13 +252,11 @@ thread.start()
 ran.wait()
 """
 
-
 COMMITTED = """
 import kvtrace
 while kvtrace.open("run.kvtrace").rows < 6:
     time.sleep(0.01)
 """
-
 
 #: How a program ends: its exit status, the rows it leaves, and what the trace says of it.
 ENDS = {
