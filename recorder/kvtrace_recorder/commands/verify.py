@@ -1,9 +1,10 @@
 """Run the real model under a replay's kept sets, and measure what that changed.
 
 The recorded tokens go through the model twice: with its full cache, and with every key hidden
-from the moment the replay evicted it, per layer and KV head. What comes out (KL divergence,
-perplexity, agreement of the likeliest token) is kept beside what the replay predicted. The policy
-is also run live, on the evicting run's own queries, keys and values, and both ways generate freely.
+from the moment the replay evicted it, per layer and KV head (or, where each query chooses
+what it reads, from those that do not read it). What comes out (KL divergence, perplexity, agreement
+of the likeliest token) is kept beside what the replay predicted. The policy is also run live, on
+the evicting run's own queries, keys and values, and both ways generate freely.
 
 Example: kvtrace verify traces/demo.kvtrace --replay h2o-25pct-step
 """
