@@ -15,9 +15,13 @@ def policies(d: Data) -> Rows:
         column = {"head": "bound", "layer": "bound_layer", "model": "bound_model"}.get(
             r["bound_scope"][i]
         )
-        bounds = r[column][same].astype(float) if column else np.array([np.nan])
+        if r["bound_scope"][i] == "read":
+            bounds = r["retained_mass"][same & (r["policy"] == "top_k")].astype(float)
+        else:
+            bounds = r[column][same].astype(float) if column else np.array([np.nan])
         bound = np.nan if np.isnan(bounds).all() else np.nanmax(bounds)
-        lost = bound - r["retained_mass"][i] if r["evictions"][i] else np.nan
+        counted = r["evictions"][i] or r["bound_scope"][i] == "read"
+        lost = bound - r["retained_mass"][i] if counted else np.nan
         rate = r["hits"][i] / (r["hits"][i] + r["misses"][i])
         found.append(
             (place, r["policy"][i], r["budget"][i], r["retained_mass"][i], 1 - bound, lost, rate)

@@ -271,7 +271,7 @@ COMMENT ON COLUMN replays.sinks IS '(query head, key) sinks of the full cache.';
 COMMENT ON COLUMN replays.bound IS 'Certified upper bound on retained_mass under this budget in every KV head (oracle only).';
 COMMENT ON COLUMN replays.bound_layer IS 'The same where the heads of a layer share their budgets.';
 COMMENT ON COLUMN replays.bound_model IS 'The same where all heads of all layers share their budgets.';
-COMMENT ON COLUMN replays.bound_scope IS 'Which of the oracle''s bounds holds for this policy: head (bound), layer (bound_layer), model (bound_model); null: none, or an older replay.';
+COMMENT ON COLUMN replays.bound_scope IS 'Which bound holds for this policy, of the oracle''s: head (bound), layer (bound_layer), model (bound_model), or read: what top_k retains; null: none, or an older replay.';
 
 CREATE TABLE replay_steps (
     replay VARCHAR, request BIGINT, position INTEGER, mass DOUBLE, mass_worst DOUBLE, hits BIGINT,

@@ -225,12 +225,13 @@ CREATE VIEW replay_compare AS
 WITH known AS (
     SELECT
         budget, decide_when,
-        max(bound) AS head, max(bound_layer) AS layer, max(bound_model) AS model
+        max(bound) AS head, max(bound_layer) AS layer, max(bound_model) AS model,
+        max(retained_mass) FILTER (WHERE policy = 'top_k') AS read
     FROM replays GROUP BY budget, decide_when
 ),
 
 bounds AS (
-    UNPIVOT known ON head, layer, model INTO NAME bound_scope VALUE bound
+    UNPIVOT known ON head, layer, model, read INTO NAME bound_scope VALUE bound
 )
 SELECT
     r.budget, r.decide_when,
@@ -241,7 +242,8 @@ SELECT
         OVER (PARTITION BY r.budget, r.decide_when) - r.retained_mass AS behind_best,
     b.bound,
     1 - b.bound AS lost_to_capacity,
-    CASE WHEN r.evictions > 0 THEN b.bound - r.retained_mass END AS lost_to_policy,
+    CASE WHEN r.evictions > 0 OR r.bound_scope = 'read' THEN b.bound - r.retained_mass END
+        AS lost_to_policy,
     CASE WHEN r.hits + r.misses > 0 THEN r.hits / (r.hits + r.misses) END AS hit_rate,
     r.hits, r.misses, r.evictions,
     CASE WHEN r.sinks > 0 THEN r.retained_sinks / r.sinks END AS retained_sink_share,
@@ -257,9 +259,9 @@ COMMENT ON COLUMN replay_compare.exactness IS 'E0, E1, E2, E2s or E3: see docs/p
 COMMENT ON COLUMN replay_compare.retained_mass IS 'Mean share of attention that stays on kept keys.';
 COMMENT ON COLUMN replay_compare.mass_p5 IS '5th percentile of the same.';
 COMMENT ON COLUMN replay_compare.behind_best IS 'How much less than the best that evicts anything; below 0 for a policy that evicts nothing.';
-COMMENT ON COLUMN replay_compare.bound IS 'The most that any policy can retain under this budget that may move it as this one does; null where the oracle was not replayed, or no bound holds for the policy.';
+COMMENT ON COLUMN replay_compare.bound IS 'The most that any policy can retain under this budget that may move it as this one does (the oracle''s), or that reads as much a query (what top_k retains); null where that was not replayed, or no bound holds for the policy.';
 COMMENT ON COLUMN replay_compare.lost_to_capacity IS '1 - bound: what no such policy could have kept.';
-COMMENT ON COLUMN replay_compare.lost_to_policy IS 'bound - retained_mass: what at most a better policy could have kept; null where nothing was evicted.';
+COMMENT ON COLUMN replay_compare.lost_to_policy IS 'bound - retained_mass: what at most a better policy could have kept; null where nothing was evicted, unless queries choose.';
 COMMENT ON COLUMN replay_compare.hit_rate IS 'hits / (hits + misses).';
 COMMENT ON COLUMN replay_compare.hits IS 'Needed and kept (query, key) pairs.';
 COMMENT ON COLUMN replay_compare.misses IS 'Needed and evicted pairs.';

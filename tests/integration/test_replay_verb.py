@@ -16,6 +16,7 @@ from kvtrace.cli import main
 from kvtrace.errors import InputError
 from kvtrace.testing import SyntheticTrace, write_synthetic
 from kvtrace.writer import LayerSpec, TraceWriter
+from kvtrace_viewer.derived.results import replay_rows
 from kvtrace_viewer.replay import POLICIES, Budget, Head, Policy, replay, replayable
 from kvtrace_viewer.replay.policies.snapkv import SnapKV
 
@@ -324,7 +325,8 @@ def test_every_policy_stands_under_the_bound_of_the_budgets_it_moves(
         f"headkv:table={table},window=4": "model",
         f"duo_attention:table={table},sinks=1,recent=2": "model",
         "adakv:base=pyramidkv,window=4": "model",
-        "quest": None,
+        "quest": "read",
+        "top_k": "read",
         "full": None,
         "oracle": "head",
     }
@@ -337,16 +339,24 @@ def test_every_policy_stands_under_the_bound_of_the_budgets_it_moves(
     assert {row["policy"]: row["bound_scope"] for row in found} == named
     columns = {"head": "bound", "layer": "bound_layer", "model": "bound_model"}
     bounds = {row["budget"]: row for row in found if "bound" in row}
+    bounds_of: dict[str, dict[str | None, float]] = {
+        budget: {scope: row[column] for scope, column in columns.items()}
+        for budget, row in bounds.items()
+    }
+    for row in found:
+        if row["policy"] == "top_k":
+            bounds_of[row["budget"]]["read"] = row["retained_mass"]
     for row in found:
         own = bounds[row["budget"]]
         assert own["bound"] <= own["bound_layer"] + 1e-9
         assert own["bound_layer"] <= own["bound_model"] + 1e-9
-        if row["bound_scope"]:
-            assert row["retained_mass"] <= own[columns[row["bound_scope"]]] + 1e-5, row["id"]
+        most = bounds_of[row["budget"]].get(row["bound_scope"], 1.0)
+        assert row["retained_mass"] <= most + 1e-5, row["id"]
     compared = kvtrace.open(trace.path).sql("select policy, budget, bound from replay_compare")
     for row in compared.to_pylist():
-        scope = named[row["policy"]]
-        assert row["bound"] == (scope and bounds[row["budget"]][columns[scope]])
+        assert row["bound"] == bounds_of[row["budget"]].get(named[row["policy"]])
+    own = {row["replay"]: row["own_bound"] for row in replay_rows(kvtrace.open(trace.path))}
+    assert own == {row["id"]: bounds_of[row["budget"]].get(row["bound_scope"]) for row in found}
 
 
 def test_which_bound_holds_for_whom_is_said(

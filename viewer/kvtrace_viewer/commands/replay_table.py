@@ -23,14 +23,15 @@ def show_results(results: list[Result], args: argparse.Namespace) -> None:
         out.print("-: no row follows the first cut, so there is nothing to measure")
     for note in dict.fromkeys(note for result in results for note in result.notes):
         out.print(f"note: {note}", markup=False)
-    if any(r.bound is not None or r.policy == "top_k" for r in results):
+    if _bounds(results):
         out.print(_bounds_explained(results))
     sampled = next((r for r in results if 0 < r.output_rows < r.measured_rows), None)
     if sampled:
         out.print(f"output error over {sampled.output_rows} of {sampled.measured_rows} rows")
     if not args.no_store:
         out.print(f"look at them side by side: kvtrace view {args.trace}", markup=False)
-        name = results[-1].id
+        # The full cache is what the others are held against: nothing to run.
+        name = next((r.id for r in reversed(results) if r.policy != "full"), results[-1].id)
         text = f"run the model under one: kvtrace verify {args.trace} --replay {name}"
         out.print(text, markup=False, soft_wrap=True)
 
@@ -39,13 +40,13 @@ def _bounds_explained(results: list[Result]) -> str:
     """Which policies have which bound, where they are not all under the same."""
     names: dict[str | None, list[str]] = {}
     for r in results:
-        names.setdefault("read" if r.selects else r.bound_scope, []).append(r.policy)
+        names.setdefault(r.bound_scope, []).append(r.policy)
     where = {
         "head": "with the same budget in every KV head",
         "layer": "with one budget for the heads of a layer",
         "model": "with one budget for all heads of all layers",
-        None: "no bound",
         "read": "by reading as many tokens a query, what top_k retains",
+        None: "no bound",
     }
     # Where all are under the same, nobody has to be named.
     said = [
@@ -61,9 +62,7 @@ def _table(results: list[Result]) -> Table:
     for name in ("policy", "budget", "when", "exactness"):
         table.add_column(name)
     numbers = ("retained mass", "p5", "hits", "misses", "evictions", "sinks kept", "output error")
-    oracles = {(r.budget, r.when): r for r in results if r.bound is not None}
-    readers = {(r.budget, r.when): r for r in results if r.policy == "top_k"}
-    bounds = oracles or readers
+    bounds = _bounds(results)
     more = [
         name
         for name, there in (("overlap", any(r.overlap for r in results)), ("bound", bounds))
@@ -85,21 +84,24 @@ def _table(results: list[Result]) -> Table:
             f"{r.retained_sinks}/{r.sinks}",
             _share(r.output_error),
             *(
-                _share(r.overlap) if name == "overlap" else _bound(r, oracles, readers)
+                _share(r.overlap if name == "overlap" else bounds.get(_at(r, r.bound_scope)))
                 for name in more
             ),
         )
     return table
 
 
-def _bound(
-    result: Result, oracles: dict[tuple[str, str], Result], readers: dict[tuple[str, str], Result]
-) -> str:
-    at = (result.budget, result.when)
-    if result.selects:
-        return _share(None if at not in readers else readers[at].retained_mass)
-    oracle = oracles.get(at)
-    return _share(None if oracle is None else oracle.bound_of(result.bound_scope))
+def _at(result: Result, scope: str | None) -> tuple[str, str, str | None]:
+    return result.budget, result.when, scope
+
+
+def _bounds(results: list[Result]) -> dict[tuple[str, str, str | None], float]:
+    """By budget, rhythm and what they are over."""
+    # Imported here because it pulls in numba, which `--help` does not need.
+    from kvtrace_viewer.replay.result import SCOPES
+
+    stated = [(_at(r, scope), r.bound_of(scope)) for r in results for scope in SCOPES]
+    return {at: bound for at, bound in stated if bound is not None}
 
 
 def _share(value: float | None) -> str:

@@ -20,7 +20,7 @@ def replay_rows(trace: Trace) -> list[dict[str, Any]]:
     """Rows of table `replays` in the order they were made, NaN as None.
 
     With a label to show, `kl` and `agreement` where the model was run under the kept sets, and
-    `own_bound`, the oracle's bound that holds for the policy, as view `replay_compare` gives it.
+    `own_bound`, the bound that holds for the policy, as view `replay_compare` gives it.
     """
     rows = [
         {name: _finite(value) for name, value in row.items()} for row in trace.replays().to_pylist()
@@ -28,8 +28,9 @@ def replay_rows(trace: Trace) -> list[dict[str, Any]]:
     certified = _certified(trace)
     bounds: dict[tuple[str, str, str | None], float] = {}
     for row in rows:
-        for scope, name in BOUNDS.items():
-            if row[name] is not None:
+        best = "retained_mass" if row["policy"] == "top_k" else None
+        for scope, name in {**BOUNDS, "read": best}.items():
+            if name is not None and row[name] is not None:
                 at = (row["budget"], row["decide_when"], scope)
                 bounds[at] = max(row[name], bounds.get(at, 0.0))
     return [

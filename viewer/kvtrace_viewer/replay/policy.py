@@ -212,14 +212,15 @@ class Policy:
 
     @property
     def bound_scope(self) -> str | None:
-        """Which of the oracle's bounds holds for it: of equal budgets, or of budgets that move.
+        """Which bound holds for it: one of the oracle's, or what `top_k` retains.
 
         `head`: every KV head has the same budget. `layer`: the heads of a layer share theirs.
-        `model`: `limits` gives heads or layers budgets of their own. None: what is read or kept
-        is no matter of the budget alone.
+        `model`: `limits` gives heads or layers budgets of their own. `read`: every query chooses
+        what it reads, of which `top_k` finds the best. None: what is kept is no matter of the
+        budget alone.
         """
         if self.selects:
-            return None
+            return "read"
         if type(self).limits is not Policy.limits:
             return "model"
         return "layer" if self.shares_heads else "head"

@@ -20,6 +20,8 @@ Columns = Mapping[str, Any]
 
 BOUNDS = {"head": "bound", "layer": "bound_layer", "model": "bound_model"}
 """The oracle's bounds by what they are over: see `Policy.bound_scope`."""
+SCOPES = (*BOUNDS, "read")
+"""Every `Policy.bound_scope`; what queries may read is bounded by what `top_k` retains."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +80,8 @@ class Result:
         Most mass that any policy can retain under this budget: where every KV head has it, where
         the heads of a layer share theirs, where all heads of all layers do; the oracle's only.
     bound_scope : str or None
-        Which of the oracle's bounds holds for this policy (`Policy.bound_scope`); None where none
-        does, also because it takes more than its budget in sum.
+        Which bound holds for this policy (`Policy.bound_scope`); None where none does, also
+        because it takes more than its budget in sum.
     left_out : tuple of LeftOut
         Rows that the trace's gaps kept from being replayed or measured.
     notes : tuple of str
@@ -167,7 +169,9 @@ class Result:
         }
 
     def bound_of(self, scope: str | None) -> float | None:
-        """The bound of this, the oracle's, result for policies of a `bound_scope`."""
+        """The bound that this result, the oracle's or `top_k`'s, gives to a `bound_scope`."""
+        if scope == "read":
+            return self.retained_mass if self.policy == "top_k" else None
         found: float | None = None if scope is None else getattr(self, BOUNDS[scope])
         return found
 

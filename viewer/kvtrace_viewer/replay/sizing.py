@@ -169,11 +169,11 @@ def total_bytes(held: Mapping[Place, tuple[int, int]], place: Place) -> dict[str
 def bounds_by_place(best: Result, of: Result) -> dict[Place, float]:
     """What the oracle's bounds, or `top_k` itself, allow a result, at the places they are over."""
     scope = of.bound_scope
-    if of.selects:
-        return _by_place(best, "mass", best.retained_mass)
     if scope is None:
         return {}
     whole = best.bound_of(scope)
+    if scope == "read":
+        return _by_place(best, "mass", whole)
     if scope == "head":
         return _by_place(best, "bound", whole)
     places = _by_place(best, "bound_layer", whole).items() if scope == "layer" else ()
