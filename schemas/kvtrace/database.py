@@ -53,6 +53,7 @@ class State:
             for rank, store in self._stores.items()
         }
         self.commits = {rank: store.state.commits for rank, store in self._stores.items()}
+        self._results: list[StoreReader] = []
 
     def segments(self) -> dict[str, list[Path]]:
         """Files of every table, in the order of schema.sql.
@@ -62,9 +63,9 @@ class State:
         TraceError
             Where one is not what was written.
         """
-        results = replay_parts(self._trace)
+        self._results = replay_parts(self._trace)
         return {
-            name: [path for store in results for path in store.segments(name)]
+            name: [path for store in self._results for path in store.segments(name)]
             if name in tables.REPLAY_TABLES
             else [
                 path
@@ -73,6 +74,10 @@ class State:
             ]
             for name in tables.arrow_schemas()
         }
+
+    def is_replaced(self) -> bool:
+        """Whether files of `segments` may be gone: a rank was compacted, a replay made anew."""
+        return any(store.is_replaced() for store in (*self._stores.values(), *self._results))
 
 
 def stores_by_rank(trace: Path) -> dict[int, StoreReader]:

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow as pa
 
 from kvtrace import database, derived, derived_parts, tables
-from kvtrace.errors import QueryError
+from kvtrace.errors import QueryError, TraceError
 
 if TYPE_CHECKING:
     from kvtrace.trace import Trace
@@ -61,7 +61,16 @@ def query(
     while True:
         with derived_parts.held(trace.path):
             if not derived_asked(sql) or derived.scans(trace.path, state.commits) is not None:
-                return _run(trace, state, sql, max_rows, memory_limit, timeout_s)
+                try:
+                    return _run(trace, state, sql, max_rows, memory_limit, timeout_s)
+                except (TraceError, duckdb.IOException) as error:
+                    if not state.is_replaced():
+                        if isinstance(error, TraceError):
+                            raise
+                        raise QueryError(_one_line(error)) from error
+                # Its rows are in other files now.
+                trace, state = _as_of_now(trace)
+                continue
         # Once, unless another process makes those of a later state at the same moment.
         trace, state = derive(trace)
 
@@ -98,6 +107,8 @@ def _run(
                 f"{_one_line(error)}; a query reads its trace and nothing else; take what it finds"
                 " out with --format and --out, and join it there"
             ) from error
+        except duckdb.IOException:
+            raise
         except (duckdb.Error, UnicodeEncodeError) as error:
             raise QueryError(_one_line(error)) from error
         finally:

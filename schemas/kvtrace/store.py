@@ -283,7 +283,7 @@ class StoreReader:
                 parts = list(self.parts(name))
             except TraceError:
                 # The store may have been compacted meanwhile, and its old segments be gone.
-                if self.generation() == self._journal.inode:
+                if not self.is_replaced():
                     raise
                 self.refresh()
                 continue
@@ -301,6 +301,13 @@ class StoreReader:
     def generation(self) -> int:
         """Which store is there now: another number after it was compacted."""
         return self._journal.path.stat().st_ino
+
+    def is_replaced(self) -> bool:
+        """Whether another store, or none, is there now."""
+        try:
+            return self.generation() != self._journal.inode
+        except FileNotFoundError:
+            return True
 
     def array_names(self) -> list[str]:
         """Names of its arrays, with a row axis or without."""

@@ -11,7 +11,7 @@ import pytest
 
 import kvtrace
 from kvtrace import compact as compact_module
-from kvtrace import tables
+from kvtrace import database, tables
 from kvtrace.cli import main
 from kvtrace.compact import compact, exchange
 from kvtrace.errors import TraceError
@@ -124,6 +124,26 @@ def test_readers_see_the_old_one_or_the_new_one(tmp_path: Path) -> None:
             stop.set()
             reader.join()
         assert wrong == []
+
+
+@pytest.mark.parametrize("before", ["create_views", "tables.views"])
+def test_a_query_goes_on_in_the_new_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Compacted after the state was read, or after the names of its files were."""
+    path = tmp_path / "t.kvtrace"
+    written(path, ended=False)
+    trace = kvtrace.open(path)
+    place, name = (database, before) if before == "create_views" else (tables, "views")
+    given = getattr(place, name)
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        compact(kvtrace.open(path))
+        return given(*arguments)
+
+    monkeypatch.setattr(place, name, late)
+    assert trace.sql("select count(*) n from tokens")["n"].to_pylist() == [sum(STEPS)]
 
 
 def test_what_fails_leaves_it_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
