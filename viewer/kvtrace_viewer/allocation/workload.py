@@ -146,8 +146,8 @@ def _notes(trace: Trace, unknown: int) -> tuple[str, ...]:
     children = {f["request"] for f in forks if f["request"] != f["source"]}
     if children:
         notes.append(
-            f"{len(children)} requests began with the cache of another; here they are found by"
-            " their contents, as any prefix, and parallel samples are requests of their own"
+            f"requests that began with the cache of another: {len(children)}; here it is found by"
+            " its contents, as any prefix, and parallel samples are requests of their own"
         )
     return tuple(notes)
 

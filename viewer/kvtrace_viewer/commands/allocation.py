@@ -111,6 +111,11 @@ def _show(results: list[PoolResult], whole: ContiguousUse | None) -> None:
             "waited: steps from arrival to first step; preempted for: steps missed after that, by"
             " requests that lost their blocks; both by request"
         )
+        if any(result.what_if is not None for result in results):
+            out.print(
+                "tokens/s of other pools are of estimated steps, without what lies between steps:"
+                " compare them with each other, one of the recorded settings among them"
+            )
         reasons = [reason for result in results for reason in result.refused.values()]
         for reason in dict.fromkeys(reasons):
             out.print(f"refused: {reason}", markup=False)
