@@ -171,6 +171,9 @@ def test_heads_and_layers_that_are_not_there_are_named(tmp_path: Path) -> None:
     assert [spec.layer for spec in trace.layers] == [1]
     reasons = trace.table("gaps")["reason"].to_pylist()
     assert any("layers 9 were asked for; LlamaForCausalLM has 0-2" in x for x in reasons)
+    trace, _ = run(llama(), tmp_path / "c.kvtrace", layers="9")
+    [reason] = trace.table("gaps")["reason"].to_pylist()
+    assert "layers 9 were asked for; LlamaForCausalLM has 0-2" in reason
 
 
 def test_a_prompt_in_chunks_is_one_prompt(tmp_path: Path) -> None:
